@@ -1,0 +1,335 @@
+"""`vigor train`: check everything, then load the model, train it, and show what changed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vigor import recipes
+from vigor.commands.arguments import TrainArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from vigor.config import VigorConfig
+    from vigor.data import PromptData
+    from vigor.runfolder import RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose every part has been checked; the model is not loaded yet."""
+
+    run: TrainArguments
+    args: VigorConfig
+    model_args: ModelConfig
+    settings: dict[str, Any]
+    model: str
+    tokenizer: PreTrainedTokenizerBase
+    data: PromptData
+    rewards: list[Any]
+    folder: RunFolder
+
+
+def train(argv: Sequence[str]) -> int:
+    """Runs `vigor train` with these arguments; returns the exit status (0 done, 1 refused with a message)."""
+    try:
+        argv, config = read_config(argv)
+    except (OSError, ValueError) as error:
+        return _refuse(error)
+    _quiet_third_parties()
+    try:
+        job = prepare(argv, config)
+    except (OSError, ValueError) as error:
+        return _refuse(error)
+    if job.run.dry_run:
+        print(plan(job))
+        return 0
+    run(job)
+    return 0
+
+
+def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes `--config` out of the arguments, reads the file, and sets the variables of its `env` block.
+
+    Happens before torch is imported: OMP_NUM_THREADS and its like are read once, at that import.
+
+    Raises:
+        ValueError: no such recipe or file, or not a mapping of settings.
+    """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in argv:
+        return argv, {}
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise ValueError("--config needs the name of a recipe or a YAML file (see `vigor recipes`).")
+    path = recipes.resolve(argv[at + 1])
+    try:
+        config = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("env", {}), dict):
+        raise ValueError(f"{path} must hold a mapping of settings, and under `env` a mapping of variables.")
+    for name, value in config.pop("env", {}).items():
+        os.environ[name] = str(value)
+    return argv[:at] + argv[at + 2 :], config
+
+
+def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
+    """Parses the settings and checks folder, rewards, tokenizer and every prompt.
+
+    Raises:
+        ValueError, OSError: something cannot work; the message says what, where and the remedy.
+    """
+    from trl import ModelConfig, TrlParser
+
+    from vigor.config import VigorConfig
+    from vigor.data import load_prompts
+    from vigor.runfolder import RunFolder
+
+    parser = TrlParser((TrainArguments, VigorConfig, ModelConfig), prog="vigor train")  # type: ignore[arg-type]
+    if unknown := parser.set_defaults_with_config(**config):
+        raise ValueError(f"--config: unknown settings {', '.join(u[2:] for u in unknown[::2])}.")
+    if "output_dir" not in config and not any(arg.split("=")[0] == "--output_dir" for arg in argv):
+        argv = [*argv, "--output_dir", _default_folder(config)]
+    settings = vars(parser.parse_args(argv))
+    run, args, model_args = parser.parse_args_into_dataclasses(args=list(argv))
+    if run.prompts is None or model_args.model_name_or_path is None:
+        raise ValueError(
+            "name the prompts and the model: --prompts FILE --model_name_or_path NAME, or a recipe that does, such as "
+            "--config lab."
+        )
+    folder = RunFolder.open(args.output_dir, resume=run.resume)
+    model = _model_path(model_args.model_name_or_path)
+    args.reward_weights = _weights(run.reward_funcs, args.reward_weights)
+    rewards = [_reward(name) for name in run.reward_funcs]
+    tokenizer = _tokenizer(model, model_args, args)
+    data = load_prompts(
+        run.prompts,
+        prompt_column=run.prompt_column,
+        answer_column=run.answer_column,
+        system_prompt=run.system_prompt,
+        split=run.prompt_split,
+        limit=run.max_prompts,
+        skip_bad_rows=run.skip_bad_rows,
+        tokenizer=tokenizer,
+        max_prompt_length=_prompt_budget(run, args, tokenizer),
+        seed=args.seed,
+        lab_size=_lab_size(args),
+    )
+    if run.watch_accuracy and "answer" in data.dataset.column_names and "accuracy" not in map(_name, rewards):
+        rewards.append(_reward("accuracy"))
+        args.reward_weights.append(0.0)
+    _check_rewards(rewards, args.reward_weights, data.dataset.column_names)
+    return Job(run, args, model_args, settings, model, tokenizer, data, rewards, folder)
+
+
+def plan(job: Job) -> str:
+    """What the run will do and need; nothing is written and no weights are read."""
+    from trl import get_peft_config
+
+    from vigor.data import encode_prompt
+    from vigor.plan import Memory, describe, estimate_memory
+
+    sample = job.data.dataset.select(range(min(1000, job.data.n_rows)))
+    template = dict(job.args.chat_template_kwargs or {})
+    longest = max(len(encode_prompt(job.tokenizer, prompt, template)) for prompt in sample["prompt"])
+    memory: Memory | str
+    try:
+        memory = estimate_memory(
+            job.model,
+            job.args,
+            dtype=job.model_args.dtype,
+            prompt_length=longest,
+            peft_config=get_peft_config(job.model_args),
+        )
+    except OSError as error:
+        memory = f"the model's config cannot be read ({str(error).splitlines()[0]})"
+    weights = dict(zip(map(_name, job.rewards), job.args.reward_weights, strict=True))
+    head = f"model         {job.model_args.model_name_or_path}\nprompts from  {job.data.source}"
+    if job.data.n_bad_rows:
+        head += f" ({job.data.n_bad_rows:,} bad rows left out)"
+    body = describe(job.args, n_prompts=job.data.n_rows, longest_prompt=longest, rewards=weights, memory=memory)
+    return f"{head}\n{body}\nfolder        {job.folder.path} (not made: this is a dry run)"
+
+
+def run(job: Job) -> None:
+    """Loads the model, trains it, saves it, and writes the run folder."""
+    from transformers import PrinterCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from vigor.progress import MetricsFile, ProgressBar, StepClock
+    from vigor.report import print_results, write_report
+    from vigor.trainer import VigorTrainer
+
+    args, folder = job.args, job.folder
+    checkpoint = folder.last_checkpoint() if job.run.resume else None
+    if args.process_index == 0:
+        folder.start(job.settings)
+        if job.data.n_bad_rows:
+            print(f"{job.data.n_bad_rows:,} bad rows left out of {job.data.source}.")
+    args.disable_tqdm = True
+    args.model_init_kwargs = {
+        "revision": job.model_args.model_revision,
+        "attn_implementation": job.model_args.attn_implementation,
+        "dtype": job.model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = VigorTrainer(
+        job.model,
+        job.rewards,
+        args,
+        train_dataset=job.data.dataset,
+        processing_class=job.tokenizer,
+        peft_config=get_peft_config(job.model_args),
+        quantization_config=get_quantization_config(job.model_args),
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in (StepClock(trainer), MetricsFile(folder), ProgressBar(trainer.reward_func_names)):
+        trainer.add_callback(callback)
+
+    main = trainer.accelerator.is_main_process
+    before = _lab_scores(job, trainer, "before") if main else {}
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(folder.path / "model"))
+    after = _lab_scores(job, trainer, "after") if main else {}
+    if main:
+        folder.write_json("results.json", {"before": before, "after": after})
+        write_report(folder)
+        print_results(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _lab_scores(job: Job, trainer: Any, when: str) -> dict[str, Any]:
+    """Scores of the model on every lab task, where the prompts are the lab's."""
+    if not job.run.prompts.startswith("lab:") or job.run.lab_eval_prompts == 0:  # type: ignore[union-attr]
+        return {}
+    from vigor.lab.evaluate import evaluate
+    from vigor.lab.tasks import TASKS
+
+    print(f"Scoring the model {when} training: {job.run.lab_eval_prompts} test prompts a task …", flush=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {
+        task: evaluate(
+            model, job.tokenizer, task, n_prompts=job.run.lab_eval_prompts, n_samples=job.run.lab_eval_samples
+        ).as_dict()
+        for task in TASKS
+    }
+
+
+def _reward(name: str) -> Any:
+    """One of our rewards, or the function that a dotted path names."""
+    from vigor import rewards
+
+    if rewards.is_reward_spec(name) or "." not in name:
+        return rewards.get(name)
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--reward_funcs {name}: cannot import it ({error}).") from error
+    return function
+
+
+def _name(reward: Any) -> str:
+    from vigor.rewards.base import Reward
+
+    return reward.name if isinstance(reward, Reward) else str(reward.__name__)
+
+
+def _weights(names: list[str], weights: list[float] | None) -> list[float]:
+    if weights is None:
+        return [1.0] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(
+            f"--reward_weights has {len(weights)} numbers for {len(names)} rewards ({', '.join(names)}): give one each."
+        )
+    return list(weights)
+
+
+def _check_rewards(rewards: list[Any], weights: list[float], columns: list[str]) -> None:
+    from vigor.rewards.base import Reward
+
+    if not any(weights):
+        raise ValueError("--reward_weights: every weight is 0, so nothing would be trained. Give one reward a weight.")
+    for reward in rewards:
+        for column in reward.columns if isinstance(reward, Reward) else ():
+            if column not in columns:
+                raise ValueError(
+                    f"reward {reward.name!r} reads the column {column!r}, but the prompts have {', '.join(columns)}. "
+                    "Name it with --answer_column, or leave this reward out."
+                )
+
+
+def _model_path(name: str) -> str:
+    from vigor.lab.world import model_path
+
+    return str(model_path(name)) if name in ("lab", "lab-misaligned") else name
+
+
+def _tokenizer(model: str, model_args: ModelConfig, args: VigorConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _prompt_budget(run: TrainArguments, args: VigorConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """--max_prompt_length, or what the model's context leaves beside the completion."""
+    if run.max_prompt_length is not None:
+        return run.max_prompt_length
+    context = tokenizer.model_max_length
+    if context > 10**9:  # transformers' way to say that the tokenizer knows no limit
+        return None
+    budget = context - (args.max_completion_length or 0)
+    if budget < 1:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{context} tokens. Lower it."
+        )
+    return int(budget)
+
+
+def _lab_size(args: VigorConfig) -> int:
+    """As many prompts as the run reads, so that none repeats; one epoch of 4,096 where max_steps is not set."""
+    generations = -(-args.max_steps * args.gradient_accumulation_steps // args.steps_per_generation)
+    return max(generations * args.generation_batch_size // args.num_generations, 1) if args.max_steps > 0 else 4096
+
+
+def _default_folder(config: dict[str, Any]) -> str:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("name the run folder with --output_dir: several processes must agree on it.")
+    name = Path(str(config.get("run_name", "run"))).name
+    return str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _quiet_third_parties() -> None:
+    """Deprecation notes between transformers and TRL are not the user's to mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\b")
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def _refuse(error: Exception) -> int:
+    print(f"vigor train: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,104 @@
+"""VigorConfig: GRPOConfig with one coherent sampling distribution, and refusals before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+TRUNCATED = ("score", "worst", "mask")
+
+
+@dataclass
+class VigorConfig(GRPOConfig):
+    """Everything that TRL's `GRPOConfig` has, and what label-free rewards add.
+
+    Defaults that differ from TRL's: completions are always written to disk and never printed, every step is logged,
+    no tracker unless asked for, bf16 only where a GPU is. Sampling, loss and reward speak of one distribution:
+    temperature 1, no top-k, top-p, min-p or repetition penalty.
+
+    Raises:
+        ValueError: settings that cannot work, with the numbers that show why.
+    """
+
+    truncated: str = field(
+        default="score",
+        metadata={
+            "help": "What a completion that hit the token budget is worth. 'score': as its reward says, like any other "
+            "(the published runs; a cut-off text has a likelihood too, and no rule of ours decides for the signal). "
+            "'worst': below every complete one of its group. 'mask': no reward and no loss.",
+            "choices": list(TRUNCATED),
+        },
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers to mirror the metrics to: none, wandb, trackio, tensorboard …"}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
+    log_completions: bool = field(
+        default=True, metadata={"help": "Write prompts, completions, rewards and advantages to completions/*.parquet."}
+    )
+    num_completions_to_print: int | None = field(
+        default=0, metadata={"help": "Completions to print at each log; they are on disk anyway."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and (torch.cuda.is_available() or torch.xpu.is_available())
+        self._check_truncated()
+        self._check_batch()
+        super().__post_init__()
+        self._check_distribution()
+
+    def _check_truncated(self) -> None:
+        if self.truncated not in TRUNCATED:
+            raise ValueError(f"truncated={self.truncated!r}: choose one of {', '.join(TRUNCATED)}.")
+        if self.mask_truncated_completions and self.truncated == "worst":
+            raise ValueError(
+                "truncated='worst' ranks truncated completions last, but mask_truncated_completions=True takes them out "
+                "of the loss. Set mask_truncated_completions=False, or truncated='mask'."
+            )
+        if self.mask_truncated_completions:
+            self.truncated = "mask"
+        self.mask_truncated_completions = self.truncated == "mask"
+
+    def _check_batch(self) -> None:
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: rewards compare the completions of one prompt, which takes "
+                "at least 2. The paper uses 8."
+            )
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        device_batch = processes * self.per_device_train_batch_size
+        if self.generation_batch_size is not None:
+            batch, made_of = self.generation_batch_size, "generation_batch_size"
+        else:
+            rounds = self.steps_per_generation or self.gradient_accumulation_steps
+            batch = device_batch * rounds
+            made_of = f"{processes} processes × {self.per_device_train_batch_size} rows × {rounds} rounds"
+        if batch % self.num_generations:
+            whole = -(-batch // self.num_generations) * self.num_generations
+            raise ValueError(
+                f"{batch} completions ({made_of}) are not whole groups of num_generations={self.num_generations}: "
+                f"{batch} / {self.num_generations} = {batch / self.num_generations:.2f} prompts. Change "
+                "per_device_train_batch_size, gradient_accumulation_steps or the number of processes so that their "
+                f"product is, for example, {whole} = {whole // self.num_generations} prompts."
+            )
+
+    def _check_distribution(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature}: must be positive. Greedy sampling gives a group {self.num_generations} "
+                "equal completions, and nothing to compare."
+            )
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        off = {name: getattr(self, name) for name, value in neutral.items() if getattr(self, name) != value}
+        if off:
+            listed = ", ".join(f"{name}={value}" for name, value in off.items())
+            warnings.warn(
+                f"Sampling is restricted by {listed}, but loss and reward use the whole distribution: the policy "
+                "gradient is biased. Leave them neutral unless you reproduce published settings.",
+                stacklevel=3,
+            )

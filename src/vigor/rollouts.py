@@ -1,0 +1,146 @@
+"""Rollouts: the one value that flows from generation to rewards.
+
+Axes: B rows (completions), P prompts, G completions a prompt (B = P*G, group-major), L prompt + completion tokens,
+T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Message = Mapping[str, Any]
+Text = str | Sequence[Message]
+"""A prompt or completion: plain text, or a conversation of role/content messages."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled completions of one process, with everything a reward may look at.
+
+    Rows are group-major: rows p*G … p*G+G-1 are the completions of one prompt. A process of a distributed run may hold
+    parts of groups; rewards therefore score rows, and only the shaping that follows needs whole groups.
+
+    Raises:
+        ValueError: the tensors disagree in shape, a completion token is not attended to, or a row's first token is
+            marked as a completion token (nothing predicts it).
+    """
+
+    input_ids_BL: Int[Tensor, "B L"]
+    """int64: prompt and completion, padded on either side."""
+    attention_mask_BL: Int[Tensor, "B L"]
+    """1 on real tokens, 0 on padding."""
+    completion_mask_BL: Int[Tensor, "B L"]
+    """1 on the tokens that the loss counts: the sampled ones, the first EOS included, nothing after it."""
+    group_size: int
+    """G, the completions sampled for each prompt."""
+    prompts: Sequence[Text] = ()
+    completions: Sequence[Text] = ()
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """The data set's other columns, repeated per completion."""
+    truncated_B: Bool[Tensor, " B"] | None = None
+    """True where sampling stopped at the token budget instead of at an EOS."""
+    step: int = 0
+    """Optimizer step at which the rollouts were sampled."""
+    first_row: int = 0
+    """Index of this process's first row in the batch of all processes."""
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids_BL.shape
+        for name in ("attention_mask_BL", "completion_mask_BL"):
+            mask = getattr(self, name)
+            if mask.shape != shape:
+                raise ValueError(f"Rollouts: {name} has shape {tuple(mask.shape)}, but input_ids_BL {tuple(shape)}.")
+        if self.group_size < 1:
+            raise ValueError(f"Rollouts: group_size must be at least 1, got {self.group_size}.")
+        completion, attended = self.completion_mask_BL.bool(), self.attention_mask_BL.bool()
+        if (completion & ~attended).any():
+            raise ValueError("Rollouts: completion_mask_BL marks tokens that attention_mask_BL leaves out.")
+        first_token = attended & (attended.cumsum(dim=1) == 1)
+        if (completion & first_token).any():
+            row = int((completion & first_token).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"Rollouts: row {row} has no prompt: its first token is marked as a completion token, but nothing "
+                "predicts it. Give each row at least one prompt token, such as BOS."
+            )
+
+    @classmethod
+    def from_token_ids(
+        cls,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        pad_token_id: int,
+        device: torch.device | str = "cpu",
+        **others: Any,
+    ) -> Rollouts:
+        """Right-pads ragged token ids into one batch; `others` are the remaining fields.
+
+        Raises:
+            ValueError: the two lists have different lengths.
+        """
+        if len(prompt_ids) != len(completion_ids):
+            raise ValueError(f"Rollouts: {len(prompt_ids)} prompts but {len(completion_ids)} completions.")
+        rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        width = max((len(row) for row in rows), default=0)
+        ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+        attention = torch.zeros((len(rows), width), dtype=torch.int64)
+        completion = torch.zeros((len(rows), width), dtype=torch.int64)
+        for i, (row, prompt) in enumerate(zip(rows, prompt_ids, strict=True)):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            attention[i, : len(row)] = 1
+            completion[i, len(prompt) : len(row)] = 1
+        return cls(ids.to(device), attention.to(device), completion.to(device), group_size=group_size, **others)
+
+    def __len__(self) -> int:
+        return self.input_ids_BL.shape[0]
+
+    @property
+    def lengths_B(self) -> Int[Tensor, " B"]:
+        """int64: T, the number of counted completion tokens of each row."""
+        return self.completion_mask_BL.sum(dim=1)
+
+    @property
+    def completion_texts(self) -> list[str]:
+        """The completions as plain text (the contents of the messages where they are conversations)."""
+        return [text_of(completion) for completion in self.completions]
+
+
+def text_of(text: Text) -> str:
+    """The plain text of a prompt or completion; message contents are joined by newlines."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(str(message["content"]) for message in text)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence without its padding."""
+
+    ids_L: Int[Tensor, " L"]
+    completion_L: Bool[Tensor, " L"]
+    positions_L: Int[Tensor, " L"]
+    """Where each token stood in the padded batch."""
+
+
+def strip_padding(
+    input_ids_BL: Int[Tensor, "B L"], attention_mask_BL: Int[Tensor, "B L"], completion_mask_BL: Int[Tensor, "B L"]
+) -> list[Row]:
+    """The rows of a batch without their padding, wherever it stands.
+
+    A stripped row starts at position 0, as it did when it was sampled; with absolute positions (GPT-2) a row scored
+    with left padding in place would be another sequence.
+    """
+    rows = []
+    for ids, attended, counted in zip(
+        input_ids_BL, attention_mask_BL.bool(), completion_mask_BL.bool() & attention_mask_BL.bool(), strict=True
+    ):
+        positions = attended.nonzero().squeeze(1)
+        rows.append(Row(ids[positions], counted[positions], positions))
+    return rows

@@ -1,0 +1,135 @@
+"""The run folder: everything needed to repeat and to explain a run, always written.
+
+    config.yaml         resolved settings: `vigor train --config RUN/config.yaml` repeats the run
+    environment.json    versions, hardware, command, commit
+    metrics.jsonl       one line a log: step and every metric
+    completions/        one parquet file a log: text, every reward, advantage, length, truncated
+    checkpoints/        what training can resume from
+    model/              the trained model and its tokenizer
+    results.json        accuracies before and after, where they are known
+    report.html         the run on one page
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("vigor-rl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "math-verify")
+
+
+class RunFolderError(ValueError):
+    """The folder cannot be used for this run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and writers of one run folder; the writers are for the main process only."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path, *, resume: bool = False) -> RunFolder:
+        """Checks the folder without touching it.
+
+        Raises:
+            RunFolderError: it holds a run already and `resume` is False, it is a file, or `resume` finds nothing.
+        """
+        folder = cls(Path(path))
+        if folder.path.exists() and not folder.path.is_dir():
+            raise RunFolderError(f"{path} is a file. Name a folder with --output_dir.")
+        used = folder.path.is_dir() and any(folder.path.iterdir())
+        if used and not resume:
+            raise RunFolderError(
+                f"{path} is not empty. Continue that run with --resume, or start another with a new --output_dir."
+            )
+        if resume and folder.last_checkpoint() is None:
+            raise RunFolderError(
+                f"--resume: {folder.path / 'checkpoints'} holds no checkpoint. Start anew without --resume, in a new "
+                "--output_dir; checkpoints are written every --save_steps optimizer steps."
+            )
+        return folder
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step, if there is any."""
+        steps = {
+            int(p.name.removeprefix("checkpoint-")): p
+            for p in (self.path / "checkpoints").glob("checkpoint-*")
+            if p.name.removeprefix("checkpoint-").isdigit() and (p / "trainer_state.json").is_file()
+        }
+        return steps[max(steps)] if steps else None
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Makes the folder and writes config.yaml and environment.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "utf-8")
+        self.write_json("environment.json", environment())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file into the folder."""
+        (self.path / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def read_json(self, name: str) -> Any:
+        """The contents of a JSON file of the folder."""
+        return json.loads((self.path / name).read_text("utf-8"))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl; NaN and infinity become null, which every JSON reader takes."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; of a step logged twice (before and after a resume) the last."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return list({record["step"]: record for record in records}.values())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and command of this process."""
+    import torch
+
+    return {
+        "command": " ".join(sys.argv),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the working folder, with "-dirty" where it has changes; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

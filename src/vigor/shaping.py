@@ -1,0 +1,91 @@
+"""Shaping: pure functions from scores to rewards within the groups of a batch.
+
+Every function takes and returns a (P, G) tensor: P prompts, G completions each. NaN means "no opinion": such rows take
+no part in their group's ranks or moments and stay NaN. All arithmetic is float32 or wider.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Ties = Literal["average", "index"]
+
+
+def rank(scores_PG: Float[Tensor, "P G"], *, ties: Ties = "average") -> Float[Tensor, "P G"]:
+    """Ranks within the group, mapped to [-1, 1]: lowest score -1, highest 1.
+
+    With n valid rows and 0-based rank ρ: r = 2ρ/(n-1) - 1, and 0 where n = 1. The map is that of the official VIGOR
+    code (intuitor_trainer.py l.1490-1503).
+
+    Args:
+        scores_PG: higher is better; NaN rows are left out and stay NaN.
+        ties: "average" gives equal scores their mean rank, so equal completions get equal rewards and a group of equal
+            scores gets zeros. "index" gives the earlier row the lower rank, which is what the official code does.
+    """
+    scores = scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32))
+    valid = ~scores.isnan()
+    lower = scores[:, None, :] < scores[:, :, None]
+    equal = scores[:, None, :] == scores[:, :, None]
+    if ties == "average":
+        ranks = lower.sum(-1) + (equal.sum(-1) - 1) / 2
+    elif ties == "index":
+        earlier = torch.ones_like(equal).tril(-1)
+        ranks = (lower | (equal & earlier)).sum(-1)
+    else:
+        raise ValueError(f"rank: ties must be 'average' or 'index', got {ties!r}.")
+    span = (valid.sum(-1, keepdim=True) - 1).clamp(min=1)
+    shaped = torch.where(valid.sum(-1, keepdim=True) > 1, 2 * ranks / span - 1, torch.zeros_like(scores))
+    return shaped.to(scores.dtype).masked_fill(~valid, torch.nan)
+
+
+def zscore(scores_PG: Float[Tensor, "P G"], *, eps: float = 1e-4) -> Float[Tensor, "P G"]:
+    """(score - group mean) / (group std + eps), unbiased std; exactly 0 where a group's valid scores are all equal.
+
+    eps = 1e-4 is that of TRL's GRPOTrainer and of the official VIGOR code.
+    """
+    scores = scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32))
+    valid = ~scores.isnan()
+    n = valid.sum(-1, keepdim=True)
+    mean = scores.nanmean(-1, keepdim=True)
+    centred = torch.where(valid, scores - mean, torch.zeros_like(scores))
+    std = (centred.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    shaped = torch.where(informative(scores)[:, None], centred / (std + eps), torch.zeros_like(scores))
+    return shaped.masked_fill(~valid, torch.nan)
+
+
+def informative(scores_PG: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
+    """True for the groups whose valid scores differ: only these can teach anything."""
+    highest = scores_PG.nan_to_num(nan=-torch.inf).amax(-1)
+    lowest = scores_PG.nan_to_num(nan=torch.inf).amin(-1)
+    return highest > lowest
+
+
+def truncated_worst(
+    scores_PG: Float[Tensor, "P G"], truncated_PG: Bool[Tensor, "P G"]
+) -> Float[Tensor, "P G"]:
+    """Puts truncated rows just below the lowest complete row of their group, and level with each other.
+
+    A group with no complete row keeps no order: all its rows get the same score.
+    """
+    valid = ~scores_PG.isnan()
+    complete = scores_PG.masked_fill(truncated_PG | ~valid, torch.inf).amin(-1, keepdim=True)
+    floor = torch.nextafter(complete, torch.full_like(complete, -torch.inf))
+    floor = torch.where(complete.isinf(), torch.zeros_like(floor), floor)
+    return torch.where(truncated_PG & valid, floor.expand_as(scores_PG), scores_PG)
+
+
+def share_between_identical(
+    scores_PG: Float[Tensor, "P G"], keys_PG: Int[Tensor, "P G"]
+) -> Float[Tensor, "P G"]:
+    """Gives rows with equal keys the score of the first of them in their group.
+
+    Identical completions scored in different batches or processes can differ in the last bits; ranking would turn that
+    noise into different rewards.
+    """
+    same = keys_PG[:, None, :] == keys_PG[:, :, None]
+    first = same.int().argmax(-1)
+    return scores_PG.gather(-1, first)

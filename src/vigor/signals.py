@@ -1,0 +1,149 @@
+"""Signals: what one pass over the policy says about every token, computed once a batch and shared.
+
+Alignment: the logits at position t-1 predict token t; a statistic at (b, t) belongs to the distribution from which token
+t of row b was sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vigor.gradnorm import scoring_mode, sequence_grad_norms
+from vigor.gradnorm.loop import Accumulation
+from vigor.gradnorm.parameters import Parameters
+from vigor.rollouts import Rollouts, strip_padding
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of the counted tokens, (B, L), float32 (float64 for a float64 model); 0 on all other tokens."""
+
+    mask_BL: Int[Tensor, "B L"]
+    """1 on the counted tokens."""
+    logps_BL: Float[Tensor, "B L"]
+    """log π(token), nats."""
+    entropy_BL: Float[Tensor, "B L"]
+    """-Σ π log π, nats."""
+    self_certainty_BL: Float[Tensor, "B L"]
+    """KL(uniform ‖ π) = -(1/V) Σ log(V π), nats (Kang et al. 2025, arXiv 2502.18581; Intuitor, arXiv 2505.19590)."""
+
+    def mean(self, statistic_BL: Float[Tensor, "B L"]) -> Float[Tensor, " B"]:
+        """Mean over each row's counted tokens; NaN for a row without any."""
+        return statistic_BL.sum(1) / self.mask_BL.sum(1)
+
+
+def token_stats(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"],
+    completion_mask: Int[Tensor, "B L"],
+    *,
+    temperature: float = 1.0,
+    micro_batch: int = 16,
+    chunk: int = 4096,
+) -> TokenStats:
+    """Log-probability, entropy and self-certainty of every counted token, from one forward pass without gradients.
+
+    Rows are stripped of padding, sorted by length and right-padded again, `micro_batch` at a time. The float32
+    log-softmax exists for `chunk` tokens at a time only: memory is chunk x V x 4 bytes plus the model's own logits of one
+    micro-batch. Neither size changes a result beyond float rounding.
+
+    Args:
+        model: causal language model, called as `model(input_ids, attention_mask)`.
+        input_ids: int64 token ids, padded anywhere.
+        attention_mask: 1 on real tokens.
+        completion_mask: 1 on the counted tokens.
+        temperature: divides the logits.
+        micro_batch: rows a forward pass.
+        chunk: tokens a log-softmax.
+
+    Raises:
+        ValueError: temperature, micro_batch or chunk is not positive.
+    """
+    if not (temperature > 0 and micro_batch > 0 and chunk > 0):
+        raise ValueError(
+            f"token_stats: temperature ({temperature}), micro_batch ({micro_batch}) and chunk ({chunk}) must be positive."
+        )
+    rows = strip_padding(input_ids, attention_mask, completion_mask)
+    order = sorted((b for b, row in enumerate(rows) if row.completion_L.any()), key=lambda b: len(rows[b].ids_L))
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    logps, entropy, certainty = (torch.zeros(input_ids.shape, dtype=dtype, device=input_ids.device) for _ in range(3))
+    with torch.no_grad(), scoring_mode(model):
+        for start in range(0, len(order), micro_batch):
+            batch = order[start : start + micro_batch]
+            ids = nn.utils.rnn.pad_sequence([rows[b].ids_L for b in batch], batch_first=True)
+            attended = nn.utils.rnn.pad_sequence([torch.ones_like(rows[b].ids_L) for b in batch], batch_first=True)
+            counted = nn.utils.rnn.pad_sequence([rows[b].completion_L for b in batch], batch_first=True)
+            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits
+            logits_NV, targets_N = logits[:, :-1][counted[:, 1:]], ids[:, 1:][counted[:, 1:]]
+            del logits
+            row_N = torch.cat([torch.full_like(rows[b].positions_L[rows[b].completion_L], b) for b in batch])
+            position_N = torch.cat([rows[b].positions_L[rows[b].completion_L] for b in batch])
+            for part in torch.arange(len(targets_N), device=ids.device).split(chunk):
+                logp_NV = (logits_NV[part].to(dtype) / temperature).log_softmax(-1)
+                at = row_N[part], position_N[part]
+                logps[at] = logp_NV.gather(-1, targets_N[part][:, None]).squeeze(-1)
+                entropy[at] = -(logp_NV.exp() * logp_NV.nan_to_num(neginf=0.0)).sum(-1)
+                certainty[at] = -logp_NV.mean(-1) - math.log(logp_NV.shape[-1])
+    return TokenStats(completion_mask * attention_mask, logps, entropy, certainty)
+
+
+class PolicyPass:
+    """What the current policy says about a batch of rollouts, each quantity computed on first use and then kept.
+
+    One instance serves all rewards and the monitor of a batch, so that a mix of rewards costs one forward pass for the
+    token statistics and one forward and backward for each kind of gradient norm asked for.
+    """
+
+    def __init__(self, model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0, micro_batch: int = 16) -> None:
+        """`temperature` is that of sampling and of the loss; `micro_batch` is the rows of one forward pass."""
+        self.model = model
+        self.rollouts = rollouts
+        self.temperature = temperature
+        self.micro_batch = micro_batch
+        self._token_stats: TokenStats | None = None
+        self._grad_norms: dict[tuple[object, ...], Tensor] = {}
+
+    def token_stats(self) -> TokenStats:
+        """Statistics of every counted token at the policy's temperature."""
+        if self._token_stats is None:
+            r = self.rollouts
+            self._token_stats = token_stats(
+                self.model,
+                r.input_ids_BL,
+                r.attention_mask_BL,
+                r.completion_mask_BL,
+                temperature=self.temperature,
+                micro_batch=self.micro_batch,
+            )
+        return self._token_stats
+
+    def grad_norms(
+        self,
+        parameters: Parameters = "trainable",
+        *,
+        temperature: float | None = None,
+        accumulation: Accumulation = "float32",
+    ) -> Float[Tensor, " B"]:
+        """‖∇ mean NLL‖ of every row; `temperature` None is the policy's. See `sequence_grad_norms`."""
+        temperature = self.temperature if temperature is None else temperature
+        key = (parameters, temperature, accumulation)
+        if key not in self._grad_norms:
+            r = self.rollouts
+            norms = sequence_grad_norms(
+                self.model,
+                r.input_ids_BL,
+                r.attention_mask_BL,
+                r.completion_mask_BL,
+                parameters=parameters,
+                temperature=temperature,
+                accumulation=accumulation,
+            )
+            assert isinstance(norms, Tensor)
+            self._grad_norms[key] = norms
+        return self._grad_norms[key]

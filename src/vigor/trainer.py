@@ -1,0 +1,272 @@
+"""VigorTrainer: TRL's GRPOTrainer with rewards that see the policy.
+
+The algorithm is TRL's; what we override, and what each override relies on:
+    _tokenize_prompts                 returns (prompt_ids, images, multimodal_fields)
+    _generate                         returns prompt_ids and completion_ids first; called once per generation batch
+    _calculate_rewards                outside no_grad, before advantages; returns the gathered (B, n_funcs) rewards
+    _generate_and_score_completions   returns a dict with this process's "advantages"; appends all to _logs["advantages"]
+    _get_output_dir                   the folder that checkpoints are written to and rotated in
+tests/test_trl_contract.py fails loudly when a new TRL changes one of these.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
+
+from vigor import rewards, shaping
+from vigor.config import VigorConfig
+from vigor.data import encode_prompt
+from vigor.rewards.base import Reward
+from vigor.rollouts import Rollouts
+from vigor.signals import PolicyPass
+
+AnyReward = str | Reward | Callable[..., Any] | nn.Module
+_TITLE = "Verifier-Free RL for LLMs via Intrinsic Gradient-Norm Reward"
+_CITATION = f"""\
+@article{{wen2026vigor,
+    title  = {{{{{_TITLE}}}}},
+    author = {{Xuexiang Wen and Hang Yu and Linchao Zhu and Gaoang Wang}},
+    year   = 2026,
+    eprint = {{arXiv:2605.09920}},
+}}"""
+
+
+class VigorTrainer(GRPOTrainer):
+    """Drop-in for `trl.GRPOTrainer` whose `reward_funcs` may also name intrinsic rewards.
+
+    Args:
+        model: as in TRL: a model, or a name or folder to load.
+        reward_funcs: one or a list of: our rewards by name ("vigor", "vigor(ties=index)"), `Reward` objects, and
+            anything that TRL takes (functions, reward models, names of reward models). Mixed by
+            `VigorConfig.reward_weights`; a reward of weight 0 is watched and changes nothing.
+        args: a `VigorConfig`.
+        **kwargs: the other arguments of `GRPOTrainer`.
+
+    Raises:
+        ValueError: a reward's data set column is missing, two rewards share a name, or a reward needs the policy's
+            gradients while the parameters are sharded.
+    """
+
+    _tag_names = ["trl", "grpo", "vigor"]
+    _name = "VIGOR"
+    _paper = {
+        "title": _TITLE,
+        "id": "2605.09920",
+        "citation": _CITATION,
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: AnyReward | Sequence[AnyReward] = "vigor",
+        args: VigorConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        listed = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        self._rewards = {i: reward for i, r in enumerate(listed) if (reward := _ours(r)) is not None}
+        bound = [self._bind(self._rewards[i]) if i in self._rewards else r for i, r in enumerate(listed)]
+        args = VigorConfig("vigor-run") if args is None else args
+        _check_columns(self._rewards.values(), kwargs.get("train_dataset"))
+        super().__init__(model=model, reward_funcs=bound, args=args, **kwargs)
+        self._check_names()
+        self._check_sharding()
+        self._seconds = {"generation": 0.0, "reward": 0.0}
+
+    # Rollouts ---------------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Special tokens inside a prompt's text stay text; tools and images go TRL's way."""
+        if self._is_vlm or self.tools or not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            return super()._tokenize_prompts(prompts)
+        template = {**self.chat_template_kwargs}
+        if self.chat_template is not None:
+            template["chat_template"] = self.chat_template
+        encoded: dict[str, list[int]] = {}  # a batch repeats each prompt G times
+        for prompt in prompts:
+            if repr(prompt) not in encoded:
+                encoded[repr(prompt)] = encode_prompt(self.processing_class, prompt, template)
+        return [encoded[repr(prompt)] for prompt in prompts], None, {}
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        started = time.perf_counter()
+        output = super()._generate(prompts)
+        self._prompt_ids: list[list[int]] = output[0]
+        self._seconds["generation"] += time.perf_counter() - started
+        return output
+
+    # Rewards and advantages -------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> Tensor:
+        """Scores of the local rows by every reward, gathered, then each of ours shaped within whole groups."""
+        started = time.perf_counter()
+        rollouts = self._rollouts(inputs, prompts, completions, completion_ids_list)
+        self._policy = PolicyPass(
+            self.accelerator.unwrap_model(self.model),
+            rollouts,
+            temperature=self.temperature,
+            micro_batch=self.args.per_device_train_batch_size,
+        )
+        # The decorated functions in self.reward_funcs read self._policy; TRL gathers what they return.
+        gathered = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        shaped = self._shape(gathered, rollouts)
+        del self._policy
+        self._seconds["reward"] += time.perf_counter() - started
+        return shaped
+
+    def _bind(self, reward: Reward) -> Callable[..., list[float]]:
+        """The reward as a TRL reward function: this process's scores."""
+
+        def score(**_: Any) -> list[float]:
+            with self.accelerator.autocast():
+                scores = reward.score(self._policy.rollouts, self._policy)
+            _refuse_nonfinite(reward, scores, self._policy.rollouts, self.state.global_step)
+            return scores.tolist()
+
+        score.__name__ = reward.name
+        return score
+
+    def _rollouts(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
+    ) -> Rollouts:
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        truncated = torch.tensor([not ids or ids[-1] not in ends for ids in completion_ids])
+        rollouts = Rollouts.from_token_ids(
+            self._prompt_ids,
+            completion_ids,
+            group_size=self._group_size,
+            pad_token_id=self._tokenizer.pad_token_id,
+            device=self.accelerator.device,
+            prompts=prompts,
+            completions=completions,
+            columns={key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
+            truncated_B=truncated.to(self.accelerator.device),
+            step=self.state.global_step,
+            first_row=self.accelerator.process_index * len(prompts),
+        )
+        if self.args.truncated == "mask":
+            rollouts.completion_mask_BL[rollouts.truncated_B] = 0
+        self._log_completion_extra("length", [len(ids) for ids in completion_ids])
+        self._log_completion_extra("truncated", truncated.tolist())
+        return rollouts
+
+    def _shape(self, scores: Tensor, rollouts: Rollouts) -> Tensor:
+        """(B, n_funcs) gathered scores -> rewards; rows that no weighted reward scores get no reward at all."""
+        assert rollouts.truncated_B is not None
+        truncated, keys = self.accelerator.gather((rollouts.truncated_B, _row_keys(rollouts)))
+        group = (-1, self._group_size)
+        shaped = scores.clone()
+        for i, reward in self._rewards.items():
+            local = scores[rollouts.first_row : rollouts.first_row + len(rollouts), i]
+            self._log_completion_extra(f"{reward.name}/score", local.tolist())
+            self._log_metric(f"scores/{reward.name}", local.nanmean().item())
+            column = shaping.share_between_identical(scores[:, i].view(group), keys.view(group))
+            if self.args.truncated == "worst":
+                column = shaping.truncated_worst(column, truncated.view(group))
+            elif self.args.truncated == "mask":
+                column = column.masked_fill(truncated.view(group), torch.nan)
+            shaped[:, i] = reward.shape(column).flatten()
+        weighted = self.reward_weights.to(shaped.device) != 0
+        # TRL counts a row as scored as soon as any reward has an opinion; one of weight 0 must not decide that.
+        shaped[shaped[:, weighted].isnan().all(dim=1)] = torch.nan
+        total = (shaped * self.reward_weights.to(shaped.device))[:, weighted].nansum(dim=1)
+        total[shaped[:, weighted].isnan().all(dim=1)] = torch.nan
+        self._informative = shaping.informative(total.view(group)).repeat_interleave(self._group_size)
+        return shaped
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's advantages, with those of groups whose rewards are all equal set to exactly 0.
+
+        TRL divides the rounding error of their mean by 1e-4.
+        """
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        local = self._informative[first : first + len(inputs)]
+        output["advantages"] = torch.where(local, output["advantages"], 0.0)
+        logged = self._logs["advantages"]
+        for i, keep in enumerate(self._informative.tolist(), start=len(logged) - len(self._informative)):
+            logged[i] = logged[i] if keep else 0.0
+        return output
+
+    # Housekeeping -----------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.path.join(super()._get_output_dir(trial), "checkpoints")
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in generation and in rewards since the last call."""
+        taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return taken
+
+    def record(self, name: str, value: float) -> None:
+        """Adds a number to the next log of training metrics."""
+        self._metrics["train"][name].append(value)
+
+    def _check_names(self) -> None:
+        names = self.reward_func_names
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"reward_funcs holds {', '.join(repeated)} more than once; their logs would overwrite.")
+
+    def _check_sharding(self) -> None:
+        policy_rewards = [r.name for r in self._rewards.values() if r.needs & {"grad_norm", "token_stats"}]
+        sharded = self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        if policy_rewards and sharded:
+            raise ValueError(
+                f"reward {policy_rewards[0]!r} differentiates the policy, whose parameters are sharded (FSDP or ZeRO-3): "
+                "this release would get the norms of shards. Use DDP or ZeRO-1/2."
+            )
+
+
+def _ours(reward: AnyReward) -> Reward | None:
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str) and rewards.is_reward_spec(reward):
+        return rewards.get(reward)
+    return None
+
+
+def _check_columns(ours: Any, dataset: Any) -> None:
+    columns = dataset.column_names if dataset is not None else None
+    if columns is None:  # a stream need not know its columns
+        return
+    for reward in ours:
+        if missing := [column for column in reward.columns if column not in columns]:
+            raise ValueError(
+                f"reward {reward.name!r} reads the column {missing[0]!r}, but the data set has {', '.join(columns)}. "
+                "Rename the column, or leave this reward out."
+            )
+
+
+def _refuse_nonfinite(reward: Reward, scores: Tensor, rollouts: Rollouts, step: int) -> None:
+    bad = scores.isinf()
+    if reward.needs & {"grad_norm", "token_stats"}:
+        bad |= scores.isnan() & (rollouts.lengths_B > 0)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise FloatingPointError(
+            f"reward {reward.name!r} is {scores[row].item()} at step {step} for {int(bad.sum())} of {len(scores)} "
+            f"completions (first: row {row}, {int(rollouts.lengths_B[row])} tokens). The policy has probably diverged: "
+            "look at its weights, lower learning_rate, or train in float32 or bfloat16 rather than float16."
+        )
+
+
+def _row_keys(rollouts: Rollouts) -> Tensor:
+    """(B,) int64: equal for rows with the same tokens; with 64 bits, different rows practically never collide."""
+    tokens = zip(rollouts.input_ids_BL.tolist(), rollouts.attention_mask_BL.tolist(), strict=True)
+    keys = [hash(tuple(t for t, real in zip(ids, mask, strict=True) if real)) for ids, mask in tokens]
+    return torch.tensor(keys, dtype=torch.int64, device=rollouts.input_ids_BL.device)
