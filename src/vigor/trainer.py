@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from vigor import rewards, shaping
 from vigor.config import VigorConfig
 from vigor.data import encode_prompt
-from vigor.rewards.base import Reward
+from vigor.rewards.base import Reward, unshaped
 from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
 
@@ -166,9 +166,10 @@ class VigorTrainer(GRPOTrainer):
         group = (-1, self._group_size)
         shaped = scores.clone()
         for i, reward in self._rewards.items():
-            local = scores[rollouts.first_row : rollouts.first_row + len(rollouts), i]
-            self._log_completion_extra(f"{reward.name}/score", local.tolist())
-            self._log_metric(f"scores/{reward.name}", local.nanmean().item())
+            if reward.shape is not unshaped:
+                local = scores[rollouts.first_row : rollouts.first_row + len(rollouts), i]
+                self._log_completion_extra(f"{reward.name}/score", local.tolist())
+                self._log_metric(f"scores/{reward.name}", local.nanmean().item())
             column = shaping.share_between_identical(scores[:, i].view(group), keys.view(group))
             if self.args.truncated == "worst":
                 column = shaping.truncated_worst(column, truncated.view(group))

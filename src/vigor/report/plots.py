@@ -22,10 +22,9 @@ def curves(metrics: Sequence[dict[str, Any]], reward_names: Sequence[str]) -> Fi
     for name in reward_names:
         key = f"scores/{name}"
         if any(key in record for record in metrics):
-            title = "accuracy of the samples" if name == "accuracy" else f"{name}: mean score"
-            panels.append((title, [(key, name)]))
+            panels.append((f"{name}: mean score", [(key, name)]))
         else:
-            panels.append((f"{name}: mean reward", [(f"rewards/{name}/mean", name)]))
+            panels.append((f"{name}: mean of the samples", [(f"rewards/{name}/mean", name)]))
     panels += [
         ("entropy (nats a token)", [("entropy", "entropy")]),
         ("completion length (tokens)", [("completions/mean_length", "mean"), ("completions/max_length", "longest")]),

@@ -20,16 +20,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from vigor.rewards.base import Reward, from_values
+from vigor.rewards.boxed import last_boxed
 from vigor.rewards.math_equal import MathVerifier
 from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
+
+
+def _final_answer(reference: str | None) -> str | None:
+    """A worked solution stands for what it boxes, as in MATH's `solution` column; anything else for itself."""
+    boxed = None if reference is None else last_boxed(reference)
+    return reference if boxed is None else boxed
 
 
 def accuracy(*, column: str = "answer", timeout_s: float = 5.0) -> Reward:
     """1 for a right answer, 0 for a wrong, missing or undecidable one; NaN where the row has no reference.
 
     Args:
-        column: data set column with the reference answer.
+        column: data set column with the reference answer, or with a solution that boxes it.
         timeout_s: seconds that one comparison may take.
     """
     verifier = MathVerifier(timeout_s=timeout_s)
@@ -39,6 +46,7 @@ def accuracy(*, column: str = "answer", timeout_s: float = 5.0) -> Reward:
             raise ValueError(
                 f"reward 'accuracy': the rollouts have no column {column!r} (columns: {sorted(rollouts.columns)})."
             )
-        return from_values(verifier.verify(rollouts.completion_texts, rollouts.columns[column]), rollouts)
+        references = [_final_answer(reference) for reference in rollouts.columns[column]]
+        return from_values(verifier.verify(rollouts.completion_texts, references), rollouts)
 
     return Reward(name="accuracy", needs=frozenset({"text"}), score=score, columns=(column,))
