@@ -59,7 +59,7 @@ def _read_jsonl(path: Path, stream: IO[bytes]) -> Iterator[RawRow]:
 
 def _parse_object(line: bytes) -> dict[str, Any] | RowError:
     try:
-        value = json.loads(line.decode("utf-8"), parse_float=FloatText)
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_float=FloatText)
     except UnicodeDecodeError as error:
         return RowError(_invalid_utf8(error, error.start))
     except json.JSONDecodeError as error:

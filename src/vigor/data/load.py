@@ -100,8 +100,6 @@ def load_prompts(
         raise DataError(f"{source}: no rows: the {'file' if path is not None else 'data set'} is empty")
     if dataset is None or (n_bad and not skip_bad_rows):
         raise DataError(describe_bad_rows(bad, n_bad, n_read, _remedy(bad, all_bad=dataset is None)))
-    if answer_column is not None and not checker.found_answers:
-        raise DataError(f"{source}: column '{answer_column}' is missing: name the right one with --answer_column")
     return PromptData(dataset, source, len(dataset), tuple(bad), n_bad)
 
 

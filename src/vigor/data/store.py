@@ -71,10 +71,10 @@ class ArrowFile:
         self._writer.close()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The batches of the closed file, read through a memory map."""
+        """The batches of the closed file. No memory map: its pages would count as this process's memory."""
         import pyarrow as pa
 
-        with pa.memory_map(str(self.path)) as source:
+        with pa.OSFile(str(self.path)) as source:
             yield from pa.ipc.open_stream(source)
 
     def dataset(self) -> Dataset:

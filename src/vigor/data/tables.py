@@ -22,7 +22,7 @@ def read_parquet(path: Path) -> Batches:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
 

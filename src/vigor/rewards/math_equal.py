@@ -8,11 +8,11 @@ What counts as the answer: the last ``\boxed{...}`` of the completion. Without o
 "answer" ("the answer is $\frac12$"), as math-verify finds it; a bare number in the text is no answer. References are
 raw: ``72``, ``\$1,\!657``, ``90^\circ``, ``ab``. The verdict on a boxed answer, in this order:
 
-1. equal text (white space at the ends aside): right;
+1. equal text, apart from white space and punctuation at the ends and thousands separators in LaTeX dress: right;
 2. both plain integers: compared as integers;
-3. both plain words of ASCII letters (program outputs such as ``ab``): different text is wrong, although algebra would
-   call ``ab`` and ``ba`` the same product;
-4. anything else: math-verify.
+3. both plain words or quoted strings (program outputs such as ``ab``): compared as text without the quotes, because
+   algebra calls ``ab`` and ``ba`` the same product;
+4. anything else: math-verify. A reference in which it sees no mathematics is compared as text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEMORY_LIMIT_BYTES = 2 * 2**30
 _START_LIMIT_S = 120.0
 _CACHE_SIZE = 4096
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
-_WORD = re.compile(r"[A-Za-z]+")
+_TEXT = re.compile(r"""[A-Za-z]+(?: [A-Za-z]+)*|'[^']*'|"[^"]*\"""")
 _ANNOUNCED_LATEX = re.compile(r"answer.*(\$|\\\(|\\\[|\\frac|\s\[)", re.IGNORECASE | re.DOTALL)
 
 # The child gets this process's module path, so that it finds the same packages wherever it is started from.
@@ -59,8 +59,8 @@ class MathVerifier:
     instance is collected, or when this process ends, even by SIGKILL (then within ``timeout_s`` + 1 seconds).
 
     Counters since the start: ``timeouts`` (over ``timeout_s``), ``crashes`` (the child died) and
-    ``unparsable_answers`` (references that math-verify cannot read). The child's address space is limited to 2 GiB;
-    an expression that needs more counts as one that cannot be parsed, or as a crash where the child dies of it.
+    ``unparsable_answers`` (references in which math-verify finds nothing). The child's address space is limited to
+    2 GiB; an expression that needs more counts as one that cannot be parsed, or as a crash where the child dies of it.
     """
 
     def __init__(self, timeout_s: float = 5.0) -> None:
@@ -80,8 +80,8 @@ class MathVerifier:
     def verify(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[float | None]:
         """1.0 for a right answer, 0.0 for a wrong one, None where there is no opinion; one value a completion.
 
-        None: the reference is None or blank, or math-verify cannot parse it. 0.0 also stands for a completion without
-        an answer, with one that cannot be parsed, and for a comparison that ran out of time or memory.
+        None: the reference is None or blank, or math-verify finds nothing in it. 0.0 also stands for a completion
+        without an answer, with one that cannot be parsed, and for a comparison that ran out of time or memory.
         Raises ValueError for sequences of different lengths and RuntimeError where the child cannot start.
         """
         if len(completions) != len(answers):
@@ -102,14 +102,15 @@ class MathVerifier:
     def _verify_one(self, completion: str, answer: str | None) -> float | None:
         if answer is None or not answer.strip():
             return None
-        answer = answer.strip()
+        answer = _tidy(answer)
         boxed = last_boxed(completion)
         if boxed is not None:
-            verdict = _compare_text(boxed.strip(), answer)
+            found = _tidy(boxed)
+            verdict = _compare_text(found, answer)
             if verdict is not None:
                 return verdict
             # Only the last box is judged, and equal answers in different texts share one verdict.
-            completion = f"\\boxed{{{boxed.strip()}}}"
+            completion = f"\\boxed{{{found}}}"
         elif not _ANNOUNCED_LATEX.search(completion):
             return 0.0
         with self._own_lock():
@@ -156,7 +157,7 @@ class MathVerifier:
 
     def _start(self) -> None:
         limits = [str(self.timeout_s), str(MEMORY_LIMIT_BYTES)]
-        stderr = tempfile.TemporaryFile()
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the child
         process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, *limits, *sys.path],
             stdin=subprocess.PIPE,
@@ -210,15 +211,20 @@ class MathVerifier:
         self._child = None
 
 
+def _tidy(text: str) -> str:
+    """Without thousands separators in LaTeX dress, and without a full stop or comma at the end."""
+    return text.replace(",\\!", "").replace("{,}", "").strip().rstrip(" .,;")
+
+
 def _compare_text(found: str, answer: str) -> float | None:
     """The verdict where text decides, None where it does not."""
     if found == answer:
         return 1.0
     if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(answer):
         return float(int(found) == int(answer))
-    if not found or (_WORD.fullmatch(found) and _WORD.fullmatch(answer)):
-        return 0.0
-    return None
+    if _TEXT.fullmatch(found) and _TEXT.fullmatch(answer):
+        return float(found.strip("'\"") == answer.strip("'\""))
+    return None if found else 0.0
 
 
 def _wait(stream: IO[bytes], event: int, deadline: float) -> None:

@@ -1,8 +1,8 @@
 """The child process of `vigor.rewards.math_equal`: math-verify behind JSON lines on standard input and output.
 
 One request a line, ``{"answer": str, "completion": str}``; one reply a line, ``{"score": 1.0 | 0.0 | null}``, where
-null means that the reference answer cannot be parsed. Anything unexpected ends the process, which the parent notices
-and counts; so does the end of the input. Imports neither torch nor transformers: it starts in about half a second.
+null means that math-verify finds nothing in the reference. Anything unexpected ends the process, which the parent
+notices and counts; so does the end of the input. Imports neither torch nor transformers: it starts in half a second.
 
 Started with two arguments: the time limit of one request in seconds, and the memory limit in bytes.
 """
@@ -14,6 +14,7 @@ import logging
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 
@@ -42,22 +43,39 @@ def _reply(replies: TextIO, reply: dict[str, Any]) -> None:
     replies.flush()
 
 
-def _make_checker() -> Any:
-    """``check(answer, completion)``: 1.0, 0.0, or None where the answer cannot be parsed."""
+def _make_checker() -> Callable[[str, str], float | None]:
+    """``check(answer, completion)``: 1.0, 0.0, or None where math-verify finds nothing in the answer."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.parser import ExprExtractionConfig
 
     # Both say on every call that no timeout of theirs is on; they rely on SIGALRM, which is the kernel's here.
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # The same clean-up on both sides: \frac12 is an answer as good as \frac{1}{2}.
-    boxed_or_announced = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+
+    def configuration(units: bool) -> LatexExtractionConfig:
+        # The same clean-up on both sides: \frac12 is an answer as good as \frac{1}{2}.
+        clean_up = NormalizationConfig(
+            basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="all", equations=False
+        )
+        return LatexExtractionConfig(False, 0, clean_up)
+
+    with_units, without_units = configuration(True), configuration(False)
+
+    def read(text: str, config: LatexExtractionConfig, *others: ExprExtractionConfig) -> list[Any]:
+        found: list[Any] = parse(text, [config, *others], extraction_mode="first_match", parsing_timeout=None)
+        return found
 
     def check(answer: str, completion: str) -> float | None:
-        gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+        config = with_units
+        gold = read(f"\\boxed{{{answer}}}", config, ExprExtractionConfig())
+        if gold and all(isinstance(value, str) for value in gold):
+            # Only text came out. One reason is that single letters were dropped as units: the t of \sin^2 t.
+            config = without_units
+            gold = read(f"\\boxed{{{answer}}}", config, ExprExtractionConfig())
         if not gold:
             return None
-        found = parse(completion, boxed_or_announced, extraction_mode="first_match", parsing_timeout=None)
-        return float(verify(gold, found, timeout_seconds=None))
+        return float(verify(gold, read(completion, config), timeout_seconds=None))
 
     return check
 
