@@ -8,15 +8,17 @@ ARGS ?=
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt
+# Installing without bytecode halves the time; the first import then writes that of the modules in use, so it must be let.
+export PYTHONDONTWRITEBYTECODE :=
 DECLARED := pyproject.toml constraints.txt
 
 help:
-	@echo "make train   train a language model without labels on the built-in lab, and show before -> after (4 to 6 minutes)"
+	@echo "make train   train a language model without labels on the built-in lab, and show before -> after (minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy and the import rules"
 	@echo "make docs    build the documentation into site/"
-	@echo "make lab     make the lab's two base models again from their seeds (up to 15 minutes each)"
+	@echo "make lab     make the lab's two base models again from their seeds"
 	@echo "make clean   remove .venv, site/ and the caches; runs/ stays"
 	@echo "Each target makes .venv and installs what it needs by itself. Options: PYTHON=, ARGS=, PIP_ARGS= (see Makefile)."
 
