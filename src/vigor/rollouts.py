@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 Message = Mapping[str, Any]
@@ -33,10 +33,10 @@ class Rollouts:
 
     input_ids_BL: Int[Tensor, "B L"]
     """int64: prompt and completion, padded on either side."""
-    attention_mask_BL: Int[Tensor, "B L"]
-    """1 on real tokens, 0 on padding."""
-    completion_mask_BL: Int[Tensor, "B L"]
-    """1 on the tokens that the loss counts: the sampled ones, the first EOS included, nothing after it."""
+    attention_mask_BL: Shaped[Tensor, "B L"]
+    """1 on real tokens, 0 on padding; any dtype."""
+    completion_mask_BL: Shaped[Tensor, "B L"]
+    """Any dtype: 1 on the tokens that the loss counts: the sampled ones, the first EOS included, nothing after it."""
     group_size: int
     """G, the completions sampled for each prompt."""
     prompts: Sequence[Text] = ()
@@ -104,7 +104,7 @@ class Rollouts:
     @property
     def lengths_B(self) -> Int[Tensor, " B"]:
         """int64: T, the number of counted completion tokens of each row."""
-        return self.completion_mask_BL.sum(dim=1)
+        return self.completion_mask_BL.bool().sum(dim=1)
 
     @property
     def completion_texts(self) -> list[str]:
@@ -113,10 +113,20 @@ class Rollouts:
 
 
 def text_of(text: Text) -> str:
-    """The plain text of a prompt or completion; message contents are joined by newlines."""
+    """The plain text of a prompt or completion; message contents are joined by newlines.
+
+    A message without content (one that only calls tools) is an empty line; of a list of parts, the text parts count.
+    """
     if isinstance(text, str):
         return text
-    return "\n".join(str(message["content"]) for message in text)
+    return "\n".join(_content(message) for message in text)
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 @dataclass(frozen=True)
@@ -130,17 +140,42 @@ class Row:
 
 
 def strip_padding(
-    input_ids_BL: Int[Tensor, "B L"], attention_mask_BL: Int[Tensor, "B L"], completion_mask_BL: Int[Tensor, "B L"]
+    input_ids_BL: Int[Tensor, "B L"],
+    attention_mask_BL: Shaped[Tensor, "B L"],
+    completion_mask_BL: Shaped[Tensor, "B L"],
 ) -> list[Row]:
     """The rows of a batch without their padding, wherever it stands.
 
     A stripped row starts at position 0, as it did when it was sampled; with absolute positions (GPT-2) a row scored
     with left padding in place would be another sequence.
+
+    Raises:
+        ValueError: the tensors are not (B, L), or a row's first token is counted (nothing predicts it).
     """
-    rows = []
+    shapes = [tuple(t.shape) for t in (input_ids_BL, attention_mask_BL, completion_mask_BL)]
+    if len(shapes[0]) != 2 or shapes.count(shapes[0]) != 3:
+        raise ValueError(
+            f"input_ids, attention_mask and completion_mask must be (B, L) of one shape; got {shapes[0]}, {shapes[1]} "
+            f"and {shapes[2]}."
+        )
+    rows: list[Row] = []
     for ids, attended, counted in zip(
         input_ids_BL, attention_mask_BL.bool(), completion_mask_BL.bool() & attention_mask_BL.bool(), strict=True
     ):
         positions = attended.nonzero().squeeze(1)
-        rows.append(Row(ids[positions], counted[positions], positions))
+        row = Row(ids[positions], counted[positions], positions)
+        if row.completion_L[:1].any():
+            raise ValueError(
+                f"completion_mask marks the first token of row {len(rows)}, but nothing predicts it. Give each row at "
+                "least one prompt token, such as BOS."
+            )
+        rows.append(row)
     return rows
+
+
+def identical_rows(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows, those with the same tokens and the same counted positions together, in order."""
+    groups: dict[tuple[tuple[int, ...], tuple[bool, ...]], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((tuple(row.ids_L.tolist()), tuple(row.completion_L.tolist())), []).append(i)
+    return list(groups.values())

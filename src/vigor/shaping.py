@@ -37,9 +37,9 @@ def rank(scores_PG: Float[Tensor, "P G"], *, ties: Ties = "average") -> Float[Te
         ranks = (lower | (equal & earlier)).sum(-1)
     else:
         raise ValueError(f"rank: ties must be 'average' or 'index', got {ties!r}.")
-    span = (valid.sum(-1, keepdim=True) - 1).clamp(min=1)
-    shaped = torch.where(valid.sum(-1, keepdim=True) > 1, 2 * ranks / span - 1, torch.zeros_like(scores))
-    return shaped.to(scores.dtype).masked_fill(~valid, torch.nan)
+    span = valid.sum(-1, keepdim=True) - 1
+    shaped = torch.where(span > 0, 2 * ranks.to(scores.dtype) / span.clamp(min=1) - 1, torch.zeros_like(scores))
+    return shaped.masked_fill(~valid, torch.nan)
 
 
 def zscore(scores_PG: Float[Tensor, "P G"], *, eps: float = 1e-4) -> Float[Tensor, "P G"]:
@@ -64,23 +64,20 @@ def informative(scores_PG: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     return highest > lowest
 
 
-def truncated_worst(
-    scores_PG: Float[Tensor, "P G"], truncated_PG: Bool[Tensor, "P G"]
-) -> Float[Tensor, "P G"]:
+def truncated_worst(scores_PG: Float[Tensor, "P G"], truncated_PG: Bool[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """Puts truncated rows just below the lowest complete row of their group, and level with each other.
 
     A group with no complete row keeps no order: all its rows get the same score.
     """
     valid = ~scores_PG.isnan()
-    complete = scores_PG.masked_fill(truncated_PG | ~valid, torch.inf).amin(-1, keepdim=True)
-    floor = torch.nextafter(complete, torch.full_like(complete, -torch.inf))
-    floor = torch.where(complete.isinf(), torch.zeros_like(floor), floor)
+    complete = valid & ~truncated_PG
+    lowest = scores_PG.masked_fill(~complete, torch.inf).amin(-1, keepdim=True)
+    floor = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+    floor = torch.where(complete.any(-1, keepdim=True), floor, torch.zeros_like(floor))
     return torch.where(truncated_PG & valid, floor.expand_as(scores_PG), scores_PG)
 
 
-def share_between_identical(
-    scores_PG: Float[Tensor, "P G"], keys_PG: Int[Tensor, "P G"]
-) -> Float[Tensor, "P G"]:
+def share_between_identical(scores_PG: Float[Tensor, "P G"], keys_PG: Int[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """Gives rows with equal keys the score of the first of them in their group.
 
     Identical completions scored in different batches or processes can differ in the last bits; ranking would turn that

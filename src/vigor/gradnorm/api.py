@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from vigor.gradnorm.loop import Accumulation, loop_row
 from vigor.gradnorm.mode import scoring_mode
 from vigor.gradnorm.parameters import Parameters, select_parameters
-from vigor.rollouts import Row, strip_padding
+from vigor.rollouts import identical_rows, strip_padding
 
 
 def sequence_grad_norms(
     model: nn.Module,
     input_ids: Int[Tensor, "B L"],
-    attention_mask: Int[Tensor, "B L"],
-    completion_mask: Int[Tensor, "B L"],
+    attention_mask: Shaped[Tensor, "B L"],
+    completion_mask: Shaped[Tensor, "B L"],
     *,
     parameters: Parameters = "trainable",
     method: Literal["loop"] = "loop",
@@ -36,32 +36,41 @@ def sequence_grad_norms(
     Args:
         model: causal language model; called with one unpadded row at a time.
         input_ids: int64 token ids, padded anywhere.
-        attention_mask: 1 on real tokens.
+        attention_mask: 1 on real tokens; the masks may have any dtype.
         completion_mask: 1 on the counted tokens; a row's first real token cannot be counted.
         parameters: see `select_parameters`.
         method: "loop" differentiates row by row: one forward and backward each, exact.
         temperature: divides the logits; the temperature of sampling, so that reward and policy are one distribution.
         accumulation: "float32" squares in float32 and sums over rows of a matrix in float64; "gradient_dtype" squares,
-            sums and takes the root in the gradient's own dtype, as the official code does (bfloat16 rounds 1-6 % away).
+            sums and takes the root in the gradient's own dtype, as the official code does (bfloat16 rounds 1-6 %
+            away).
         return_token_logps: also return the (B, L) log-probabilities of the counted tokens (0 elsewhere).
 
     Returns:
         (B,) float32 (float64 for a float64 model), in nats per parameter unit; NaN for a row without counted tokens.
 
     Raises:
-        ValueError: unknown method, temperature not positive, or `parameters` selects nothing.
+        ValueError: unknown method or accumulation, temperature not positive, `parameters` selects nothing, tensors of
+            different shapes, or a row whose first token is counted.
     """
     if method != "loop":
         raise ValueError(f"sequence_grad_norms: unknown method {method!r}; choose 'loop'.")
     if not temperature > 0:
         raise ValueError(f"sequence_grad_norms: temperature must be positive, got {temperature}.")
+    if accumulation not in get_args(Accumulation):
+        raise ValueError(
+            f"sequence_grad_norms: unknown accumulation {accumulation!r}; choose 'float32' or 'gradient_dtype'."
+        )
     chosen = list(select_parameters(model, parameters).values())
     rows = strip_padding(input_ids, attention_mask, completion_mask)
     dtype = torch.promote_types(chosen[0].dtype, torch.float32)
     norms = torch.full((len(rows),), torch.nan, dtype=dtype, device=input_ids.device)
     logps = torch.zeros(input_ids.shape, dtype=dtype, device=input_ids.device)
+    # Before torch 2.10, weights that autocast cast under no_grad are reused without their graph (pytorch#112583): a
+    # forward pass such as that of `token_stats`, in the same autocast region, would leave gradients out.
+    torch.clear_autocast_cache()
     with scoring_mode(model), torch.enable_grad():
-        for same in _identical(rows):
+        for same in identical_rows(rows):
             row = rows[same[0]]
             if not row.completion_L.any():
                 continue
@@ -70,11 +79,3 @@ def sequence_grad_norms(
                 norms[b] = norm
                 logps[b, rows[b].positions_L[rows[b].completion_L]] = logps_T
     return (norms, logps) if return_token_logps else norms
-
-
-def _identical(rows: list[Row]) -> list[list[int]]:
-    """Indices of the rows, those with the same tokens and the same counted positions together."""
-    groups: dict[tuple[tuple[int, ...], tuple[bool, ...]], list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault((tuple(row.ids_L.tolist()), tuple(row.completion_L.tolist())), []).append(i)
-    return list(groups.values())

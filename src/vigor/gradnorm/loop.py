@@ -23,7 +23,9 @@ def loop_row(
     logps_T = (logits_TV / temperature).log_softmax(-1).gather(-1, row.ids_L[1:][counted][:, None]).squeeze(-1)
     grads = torch.autograd.grad(-logps_T.mean(), parameters, allow_unused=True)
     used = [g for g in grads if g is not None]
-    return gradient_norm(used, accumulation), logps_T.detach()
+    # None where the row does not depend on a parameter, such as an expert that it was not routed to.
+    norm = gradient_norm(used, accumulation) if used else logps_T.new_zeros(())
+    return norm, logps_T.detach()
 
 
 def gradient_norm(grads: list[Tensor], accumulation: Accumulation) -> Float[Tensor, ""]:
@@ -36,13 +38,10 @@ def gradient_norm(grads: list[Tensor], accumulation: Accumulation) -> Float[Tens
     if accumulation == "gradient_dtype":
         # Not torch.stack(...).sum(): that may widen inside; the official code adds the terms one by one.
         return torch.sqrt(sum((g.square().sum() for g in grads[1:]), start=grads[0].square().sum())).to(dtype)
-    if accumulation != "float32":
-        raise ValueError(f"accumulation must be 'float32' or 'gradient_dtype', got {accumulation!r}.")
     rows = []
     for g in grads:
         g = g.to(torch.promote_types(g.dtype, torch.float32))
-        rows.append(torch.linalg.vector_norm(g.reshape(-1, g.shape[-1]) if g.ndim > 1 else g[None], dim=1))
+        rows.append(torch.linalg.vector_norm(g.reshape(-1, g.shape[-1]) if g.ndim > 1 else g.reshape(1, -1), dim=1))
     norms = torch.cat(rows)
     widest = torch.float32 if norms.device.type == "mps" else torch.float64  # MPS has no float64
     return norms.to(widest).square().sum().sqrt().to(dtype)
-

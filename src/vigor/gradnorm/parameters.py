@@ -18,8 +18,8 @@ def select_parameters(model: nn.Module, parameters: Parameters = "trainable") ->
     Args:
         parameters: "trainable" (all with `requires_grad`), "lora" (those whose name contains "lora", as the official
             VIGOR code selects), "head" (the output embedding, which is also the input embedding where they are tied),
-            "last_K" such as "last_2" (everything in the last K decoder layers and after them), or a predicate on the
-            parameter's name.
+            "last_K" such as "last_2" (everything in the model's last K decoder layers and after them; a tied output
+            embedding stands before them), or a predicate on the parameter's name.
 
     Raises:
         ValueError: the choice is unknown or selects nothing.
@@ -27,7 +27,8 @@ def select_parameters(model: nn.Module, parameters: Parameters = "trainable") ->
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
-            "gradient norm: the model has no trainable parameter. Call model.requires_grad_(True), or attach an adapter."
+            "gradient norm: the model has no trainable parameter. Call model.requires_grad_(True), or attach an "
+            "adapter."
         )
     if callable(parameters):
         chosen = {name: p for name, p in trainable.items() if parameters(name)}
@@ -42,8 +43,9 @@ def select_parameters(model: nn.Module, parameters: Parameters = "trainable") ->
         chosen = {name: p for name, p in trainable.items() if any(p is q for q in head.parameters())}
         what = "'head' (the output embedding is frozen)"
     elif match := re.fullmatch(r"last_(\d+)", parameters):
-        chosen = _last_layers(trainable, int(match[1]))
-        what = f"{parameters!r} (no trainable parameter lies in a numbered layer)"
+        last = _last_layers([name for name, _ in model.named_parameters()], int(match[1]))
+        chosen = {name: p for name, p in trainable.items() if name in last}
+        what = f"{parameters!r} (all of them are frozen there)"
     else:
         raise ValueError(
             f"gradient norm: unknown parameters={parameters!r}; choose 'trainable', 'lora', 'head', 'last_K' "
@@ -65,11 +67,14 @@ def _output_embedding(model: nn.Module) -> nn.Module:
     return head
 
 
-def _last_layers(trainable: dict[str, nn.Parameter], count: int) -> dict[str, nn.Parameter]:
-    layer = {name: int(match[1]) for name in trainable if (match := _LAYER.search(name))}
-    if not layer or count < 1:
-        return {}
+def _last_layers(names: list[str], count: int) -> set[str]:
+    layer = {name: int(match[1]) for name in names if (match := _LAYER.search(name))}
+    layers = len(set(layer.values()))
+    if not 1 <= count <= layers:
+        raise ValueError(
+            f"gradient norm: parameters='last_{count}', but the model has {layers} numbered decoder layers; "
+            "choose last_1 to last_N of them, or pass a predicate on parameter names."
+        )
     first = max(layer.values()) + 1 - count
-    names = list(trainable)
     after = max(i for i, name in enumerate(names) if name in layer)
-    return {name: p for i, (name, p) in enumerate(trainable.items()) if layer.get(name, -1) >= first or i > after}
+    return {name for i, name in enumerate(names) if layer.get(name, -1) >= first or i > after}

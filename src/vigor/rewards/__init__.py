@@ -37,7 +37,9 @@ class Method:
 _NONE = "none"
 _METHODS = (
     Method("vigor", "intrinsic", "prompts", "forward + backward", "arXiv 2605.09920", "rank of -√T·‖∇NLL‖"),
-    Method("self_certainty", "intrinsic", "prompts", "forward", "arXiv 2505.19590", "mean KL(uniform ‖ policy): Intuitor"),
+    Method(
+        "self_certainty", "intrinsic", "prompts", "forward", "arXiv 2505.19590", "mean KL(uniform ‖ policy): Intuitor"
+    ),
     Method("accuracy", "verifiable", "prompts + answers", _NONE, "arXiv 2402.03300", "answer equals the reference"),
     Method("format", "control", "prompts", _NONE, "arXiv 2506.10947", "has a non-empty \\boxed{} answer"),
     Method("random", "control", "prompts", _NONE, "arXiv 2506.10947", "a coin toss"),
@@ -90,6 +92,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, separator, value = (piece.strip() for piece in part.partition("="))
         if not separator or not key.isidentifier() or not value:
             raise ValueError(f"cannot read {part.strip()!r} in the reward {spec!r}; write option=value.")
+        if key in options:
+            raise ValueError(f"the reward {spec!r} gives the option {key!r} twice.")
         options[key] = _literal(value)
     return match["name"], options
 

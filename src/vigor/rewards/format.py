@@ -3,7 +3,7 @@ r"""Format reward: 1 for a completion with a non-empty \boxed{} answer, right or
 Paper: "Spurious Rewards: Rethinking Training Signals in RLVR", arXiv 2506.10947; code ruixin31/Spurious_Rewards@33b9f85
 `code/ttrl/verifier/auto_verify.py` (`format`).
 
-    reward(y) = 1 if y holds \boxed{a} with a not blank and its braces balanced, else 0
+    reward(y) = 1 if the last \boxed{a} of y whose braces balance has an a that is not blank, else 0
 
 Departures from the paper and its code:
  1. None known.

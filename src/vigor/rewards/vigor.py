@@ -23,6 +23,8 @@ Command: vigor train --config lab --reward_funcs vigor
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor
 
 from vigor.gradnorm.loop import Accumulation
@@ -58,7 +60,17 @@ def vigor(
         ties: "average" or "index", see `vigor.shaping.rank`.
         temperature: of the logits under the norm; None is the temperature of sampling.
         accumulation: "float32" or "gradient_dtype", see `vigor.gradnorm.sequence_grad_norms`.
+
+    Raises:
+        ValueError: unknown `ties` or `accumulation`, or a temperature that is not positive.
     """
+    if ties not in get_args(Ties) or accumulation not in get_args(Accumulation):
+        raise ValueError(
+            f"vigor: ties={ties!r} must be one of {get_args(Ties)} and accumulation={accumulation!r} one of "
+            f"{get_args(Accumulation)}."
+        )
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"vigor: temperature must be positive, got {temperature}.")
     return compose(
         "vigor",
         "grad_norm",

@@ -1,0 +1,46 @@
+"""Shared set-up: shape annotations of the pure maths are checked, threads and seeds are fixed."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+# Before vigor is imported: functions of these modules then check the shapes and dtypes that they declare.
+jaxtyping.install_import_hook(
+    ["vigor.gradnorm", "vigor.rollouts", "vigor.shaping", "vigor.signals"], "beartype.beartype"
+)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As for users: no annotation is checked, so bad arguments reach the functions' own checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data sets."""
+    folder = os.environ.get("VIGOR_DATA_DIR")
+    if not folder:
+        pytest.skip("VIGOR_DATA_DIR is not set: the folder with gsm8k_train.jsonl, math_train.jsonl and others")
+    return Path(folder)
