@@ -165,10 +165,10 @@ def test_checkpointed_layers_run_twice_while_scoring() -> None:
     model = qwen2().train()
     calls: list[bool] = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: calls.append(module.training))
-    norms_of(model, SAMPLES[0])
+    norms_of(model, SAMPLES[0], method="loop")
     assert calls == [False]
     enable_checkpointing(model, use_reentrant=False)
-    norms_of(model, SAMPLES[0])
+    norms_of(model, SAMPLES[0], method="loop")
     assert calls == [False] * 3
 
 
@@ -263,7 +263,7 @@ def test_an_empty_completion_is_nan_and_costs_no_forward() -> None:
     empty = Sample([4, 5], [])
     model = qwen2()
     with counted_forwards(model) as shapes:
-        norms = norms_of(model, SAMPLES[0], empty)
+        norms = norms_of(model, SAMPLES[0], empty, method="loop")
     assert norms.isnan().tolist() == [False, True]
     assert shapes == [(1, 8)]
     assert norms_of(model, empty).isnan().all()
@@ -285,7 +285,7 @@ def test_identical_rows_share_one_forward_and_every_bit() -> None:
     same = SAMPLES[0]
     holed = Sample(same.prompt, same.completion, holes=(0,))
     with counted_forwards(model) as shapes:
-        norms = norms_of(model, same, SAMPLES[1], same, holed, same, side="mixed")
+        norms = norms_of(model, same, SAMPLES[1], same, holed, same, side="mixed", method="loop")
     assert len(shapes) == 3
     assert norms[0].item() == norms[2].item() == norms[4].item() != norms[3].item()
 
@@ -460,7 +460,7 @@ def bfloat16_gradients(model: nn.Module, sample: Sample) -> list[Tensor]:
 
 def test_bfloat16_gradients_are_summed_in_float32() -> None:
     model = qwen2(torch.bfloat16)
-    norms = norms_of(model, *SAMPLES)
+    norms = norms_of(model, *SAMPLES, method="loop")
     assert norms.dtype == torch.float32
     for norm, sample in zip(norms, SAMPLES, strict=True):
         grads = bfloat16_gradients(model, sample)
@@ -552,9 +552,9 @@ class OldStyle(nn.Module):
 
 def test_a_container_that_checkpoints_its_layers_goes_on_doing_so() -> None:
     model = OldStyle().train()
-    plain = norms_of(model, *SAMPLES)
+    plain = norms_of(model, *SAMPLES, method="loop")
     model.gradient_checkpointing, model.checkpointed = True, 0
-    assert torch.equal(norms_of(model, *SAMPLES), plain)
+    assert torch.equal(norms_of(model, *SAMPLES, method="loop"), plain)
     assert model.checkpointed == 2 * len(SAMPLES)
 
 

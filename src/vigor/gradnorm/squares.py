@@ -1,0 +1,128 @@
+"""Squared Frobenius norms of per-sequence weight gradients, from a layer's inputs and output gradients.
+
+For a linear map y = W x, sequence b's gradient is ∇_b = G_bᵀ A_b with A_b (T, p) the inputs and G_b (T, q) the output
+gradients. Two ways to its square, and the one with fewer operations is taken:
+
+    Gram     Σ_{s,t} (A Aᵀ)_{st} (G Gᵀ)_{st}     (n+1)/n · T² (p + q) operations in n strips of the lower triangle;
+                                                 A Aᵀ is kept for the next layer with the same input (q, k and v)
+    direct   ‖Gᵀ A‖²_F                           2 T p q operations, in blocks of rows, so never a whole gradient
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK = 1 << 22
+"""Largest buffer of the direct form, in numbers (16 MiB in float32)."""
+STRIP = 128
+"""Least rows of a strip: below, the product is too small to run at full speed."""
+MAX_STRIPS = 8
+
+
+class GramCache:
+    """A Aᵀ of the last input seen: layers that share an input run backward one after the other."""
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+        self.strips: list[Tensor] = []
+
+    def of(self, a_BTp: Float[Tensor, "B T p"]) -> list[Tensor]:
+        """The strips of A Aᵀ, computed unless they are those of the last call."""
+        last = self.input
+        same = (
+            last is not None
+            and last.data_ptr() == a_BTp.data_ptr()
+            and last.shape == a_BTp.shape
+            and last.stride() == a_BTp.stride()
+            and last.dtype == a_BTp.dtype
+        )
+        if not same:
+            self.input, self.strips = a_BTp, _strips(_wide(a_BTp))
+        return self.strips
+
+    def clear(self) -> None:
+        """Lets go of the tensors."""
+        self.input, self.strips = None, []
+
+
+def linear_square(
+    a_BTp: Float[Tensor, "B T p"], g_BTq: Float[Tensor, "B T q"], cache: GramCache
+) -> Float[Tensor, " B"]:
+    """‖G_bᵀ A_b‖²_F for every b, float64 (float32 on MPS)."""
+    T, p, q = a_BTp.shape[1], a_BTp.shape[2], g_BTq.shape[2]
+    n = _strip_count(T)
+    if (n + 1) / n * T * (p + q) <= 2 * p * q:
+        return _inner(cache.of(a_BTp), _strips(_wide(g_BTq)))
+    return _direct(_wide(a_BTp), _wide(g_BTq))
+
+
+def rows_square(ids_BT: Int[Tensor, "B T"], d_BTp: Float[Tensor, "B T p"]) -> Float[Tensor, " B"]:
+    """‖E_b‖²_F for the gradient of an embedding: row v of E_b is the sum of D_t over the positions t that hold id v."""
+    d = _wide(d_BTp)
+    same = ids_BT[:, :, None] == ids_BT[:, None, :]
+    return _double((torch.bmm(d, d.mT) * same).sum(-1)).sum(-1)
+
+
+def cross_product(
+    g_selected_BST: Float[Tensor, "B S T"], a_BSp: Float[Tensor, "B S p"], d_BTp: Float[Tensor, "B T p"]
+) -> Float[Tensor, " B"]:
+    """⟨H_b, E_b⟩ where the same matrix is a linear weight (H = Gᵀ A) and an embedding (E, rows D_t at ids t).
+
+    g_selected holds G[s, id_t]: of the output gradients only the columns at the sequence's own input ids.
+    """
+    a, d = _wide(a_BSp), _wide(d_BTp)
+    return _double((torch.bmm(a, d.mT) * _wide(g_selected_BST)).sum(-1)).sum(-1)
+
+
+def _strip_count(T: int) -> int:
+    return max(1, min(MAX_STRIPS, T // STRIP))
+
+
+def _strips(x_BTd: Tensor) -> list[Tensor]:
+    """X Xᵀ as strips of its lower triangle: rows r0:r1, columns 0:r1."""
+    T = x_BTd.shape[1]
+    n = _strip_count(T)
+    ends = [T * (i + 1) // n for i in range(n)]
+    return [torch.bmm(x_BTd[:, r0:r1], x_BTd[:, :r1].mT) for r0, r1 in zip([0, *ends], ends, strict=False)]
+
+
+def _inner(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Σ over all (s, t) of the product of two symmetric matrices given as strips."""
+    total: Tensor | None = None
+    for x, y in zip(left, right, strict=True):
+        rows, columns = x.shape[1], x.shape[2]
+        product = x * y
+        # What lies left of the diagonal block stands for its mirror image too.
+        by_row = _double(product.sum(-1)).sum(-1)
+        if columns > rows:
+            by_row = by_row + _double(product[:, :, : columns - rows].sum(-1)).sum(-1)
+        total = by_row if total is None else total + by_row
+    assert total is not None
+    return total
+
+
+def _direct(a: Tensor, g: Tensor) -> Tensor:
+    B, _, p = a.shape
+    q = g.shape[2]
+    rows = max(1, min(q, BLOCK // p))
+    if B * q * p <= BLOCK:
+        gradients = torch.bmm(g.mT, a)
+        return _double(torch.linalg.vector_norm(gradients, dim=-1)).square().sum(-1)
+    total = _double(a.new_zeros(B))
+    for b in range(B):
+        for start in range(0, q, rows):
+            block = g[b, :, start : start + rows].mT @ a[b]
+            total[b] += _double(torch.linalg.vector_norm(block, dim=-1)).square().sum()
+    return total
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 or wider: products of bfloat16 outputs would be off by 5e-3."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _double(x: Tensor) -> Tensor:
+    """Sums over many float32 numbers are taken in float64: a flat float32 sum of a matrix is off by 1e-3."""
+    return x if x.device.type == "mps" else x.double()

@@ -1,0 +1,207 @@
+"""What VigorTrainer relies on in TRL's GRPOTrainer; each test names what a new TRL changed."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_trainer import PROMPTS, config, dataset, lab_tokenizer, tiny_model
+from trl import GRPOConfig, GRPOTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+COMPLETIONS = [[10, 11, 1], [12, 1], [13, 14, 15, 1], [16, 1], [17, 1], [18, 19, 1], [20, 1], [21, 1]]
+REWARDS = [0.0, 1.0, 0.5, 2.0, 3.0, 3.0, 3.0, 3.0]
+
+
+def parameters(method: str) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(getattr(GRPOTrainer, method))).parameters)
+
+
+class Spy(GRPOTrainer):
+    """A plain GRPOTrainer that keeps what the methods we override were given and returned."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: dict[str, Any] = {"generate_calls": 0, "grad": []}
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        self.seen["tokenized"] = super()._tokenize_prompts(prompts)
+        return self.seen["tokenized"]
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.seen["generate_calls"] += 1
+        self.seen["generated"] = super()._generate(prompts)
+        return self.seen["generated"]
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        self.seen["grad"].append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        self.seen["reward_inputs"] = inputs, prompts, completions, completion_ids_list
+        self._log_completion_extra("extra_column", list(range(len(prompts))))
+        self._log_metric("extra_metric", 2.5)
+        self.seen["rewards"] = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self.seen["rewards"]
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        logged = len(self._logs["advantages"])
+        self.seen["output"] = super()._generate_and_score_completions(inputs)
+        self.seen["appended"] = list(self._logs["advantages"])[logged:]
+        return self.seen["output"]
+
+    def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
+        return [list(ids) for ids in COMPLETIONS], None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Spy:
+    folder = tmp_path_factory.mktemp("contract")
+    made = config(folder)
+    args = GRPOConfig(
+        **{name: getattr(made, name) for name in ("output_dir", "use_cpu", "max_steps", "num_generations")},
+        per_device_train_batch_size=8,
+        max_completion_length=8,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        log_completions=True,
+        num_completions_to_print=0,
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+    )
+    spy = Spy(
+        tiny_model(),
+        lambda completions, **_: list(REWARDS),
+        args,
+        train_dataset=dataset(),
+        processing_class=lab_tokenizer(),
+    )
+    spy.train()
+    return spy
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("_tokenize_prompts", ["self", "prompts"]),
+        ("_generate", ["self", "prompts"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("_log_completion_extra", ["self", "column", "values"]),
+        ("_log_metric", ["self", "name", "value"]),
+    ],
+)
+def test_signatures_are_those_that_the_overrides_repeat(method: str, expected: list[str]) -> None:
+    assert hasattr(GRPOTrainer, method), f"TRL's GRPOTrainer has no {method} any more; vigor/trainer.py uses it."
+    assert parameters(method) == expected, f"TRL changed GRPOTrainer.{method}; vigor/trainer.py overrides it."
+
+
+def test_tokenize_prompts_returns_ids_images_and_fields(trained: Spy) -> None:
+    ids, images, fields = trained.seen["tokenized"]
+    tokenizer = trained.processing_class
+    assert [list(row) for row in ids] == [tokenizer(p)["input_ids"] for p in PROMPTS[:2] for _ in range(4)], (
+        "_tokenize_prompts no longer returns unpadded ids of one prompt a completion first."
+    )
+    assert images is None, "_tokenize_prompts no longer returns images (None for text) second."
+    assert fields == {}, "_tokenize_prompts no longer returns the multimodal fields ({} for text) third."
+
+
+def test_generate_returns_prompt_ids_and_completion_ids_first_once_a_generation(trained: Spy) -> None:
+    assert trained.seen["generate_calls"] == 1, "_generate is not called once per generation batch any more."
+    prompt_ids, completion_ids = trained.seen["generated"][:2]
+    assert [list(row) for row in prompt_ids] == [list(row) for row in trained.seen["tokenized"][0]], (
+        "_generate no longer returns prompt_ids first."
+    )
+    assert completion_ids == COMPLETIONS, "_generate no longer returns completion_ids second."
+
+
+def test_generate_calls_the_tokenization_that_is_overridden(trained: Spy) -> None:
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "self._tokenize_prompts(prompts)" in source, "_generate no longer calls _tokenize_prompts(prompts)."
+    assert "self._generate_single_turn(" in source, "_generate no longer samples through _generate_single_turn."
+
+
+def test_rewards_are_calculated_with_gradients_allowed(trained: Spy) -> None:
+    assert trained.seen["grad"] == [(True, False)], (
+        "_calculate_rewards runs under no_grad or inference_mode, or not once: no gradient norm can be computed there."
+    )
+
+
+def test_rewards_get_rows_texts_and_the_sampled_ids(trained: Spy) -> None:
+    inputs, prompts, completions, ids = trained.seen["reward_inputs"]
+    assert ids == COMPLETIONS, "_calculate_rewards no longer gets the sampled token ids last."
+    assert completions == trained.processing_class.batch_decode(COMPLETIONS, skip_special_tokens=True)
+    assert [row["prompt"] for row in inputs] == prompts == [p for p in PROMPTS[:2] for _ in range(4)], (
+        "_calculate_rewards no longer gets group-major rows, one a completion."
+    )
+
+
+def test_rewards_come_back_as_rows_by_functions(trained: Spy) -> None:
+    rewards = trained.seen["rewards"]
+    assert rewards.shape == (8, 1), "_calculate_rewards no longer returns (B, n_funcs)."
+    assert rewards[:, 0].tolist() == REWARDS
+
+
+def test_rewards_are_gathered_inside() -> None:
+    source = inspect.getsource(inspect.unwrap(GRPOTrainer._calculate_rewards))
+    assert "gather(rewards_per_func)" in source, "_calculate_rewards no longer gathers over processes."
+
+
+def test_advantages_are_the_unbiased_z_score_with_eps_1e_4(trained: Spy) -> None:
+    groups = torch.tensor(REWARDS).view(2, 4)
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(
+        trained.seen["output"]["advantages"],
+        expected.flatten(),
+        msg="GRPO's advantage is no longer (r - mean) / (std + 1e-4), unbiased std, under the key 'advantages'.",
+    )
+
+
+def test_advantages_of_all_processes_are_appended_to_the_log(trained: Spy) -> None:
+    assert trained.seen["appended"] == trained.seen["output"]["advantages"].tolist(), (
+        "_generate_and_score_completions no longer appends every advantage to _logs['advantages']."
+    )
+
+
+def test_the_logged_advantages_can_be_rewritten(trained: Spy) -> None:
+    logged = trained._logs["advantages"]
+    kept, logged[0] = logged[0], 7.0
+    assert logged[0] == 7.0
+    logged[0] = kept
+
+
+def test_extra_columns_and_metrics_reach_the_table_and_the_log(trained: Spy) -> None:
+    assert list(trained._logs["extra"]["extra_column"]) == list(range(8)), "_log_completion_extra lost its values."
+    logged = [record["extra_metric"] for record in trained.state.log_history if "extra_metric" in record]
+    assert logged == [2.5], "_log_metric values no longer reach the log."
+
+
+def test_training_metrics_are_lists_averaged_at_the_next_log(trained: Spy) -> None:
+    trained.model.train()
+    trained._metrics["train"]["recorded"].append(3.0)
+    trained._metrics["train"]["recorded"].append(4.0)
+    trained.log({})
+    assert trained.state.log_history[-1]["recorded"] == 3.5, "_metrics['train'][name] is no longer a list to average."
+
+
+def test_attributes_that_the_overrides_read_exist(trained: Spy) -> None:
+    for name in (
+        "_is_vlm", "_tokenizer", "accelerator", "chat_template", "chat_template_kwargs", "eos_token_ids",
+        "is_deepspeed_enabled", "is_fsdp_enabled", "num_generations", "num_generations_eval", "processing_class",
+        "reward_func_names", "reward_weights", "temperature", "tools",
+    ):  # fmt: skip
+        assert hasattr(trained, name), f"TRL's GRPOTrainer has no {name} any more; vigor/trainer.py reads it."
+
+
+def test_checkpoints_and_their_rotation_go_through_get_output_dir(trained: Spy, tmp_path: Path) -> None:
+    trained.args.output_dir = str(tmp_path)
+    assert trained._get_output_dir(None) == str(tmp_path)
+    source = inspect.getsource(GRPOTrainer._save_checkpoint) + "".join(
+        inspect.getsource(base._save_checkpoint) for base in GRPOTrainer.__mro__ if "_save_checkpoint" in vars(base)
+    )
+    assert "self._get_output_dir(" in source, "checkpoints are no longer written to _get_output_dir()."
