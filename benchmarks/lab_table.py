@@ -67,7 +67,8 @@ def plot(folders: dict[str, list[Path]], path: Path) -> None:
     for i, (key, title) in enumerate(panels):
         axes = figure.add_subplot(1, 2, i + 1)
         for reward, runs in folders.items():
-            curves = [smooth([json.loads(line)[key] for line in open(run / "metrics.jsonl")]) for run in runs]
+            logs = [(run / "metrics.jsonl").read_text("utf-8").splitlines() for run in runs]
+            curves = [smooth([json.loads(line)[key] for line in lines]) for lines in logs]
             middle = [mean(at) for at in zip(*curves, strict=True)]
             (line,) = axes.plot(range(1, len(middle) + 1), middle, label=reward)
             low, high = ([f(at) for at in zip(*curves, strict=True)] for f in (min, max))
@@ -111,8 +112,8 @@ def main() -> None:
     score = results[args.rewards[0]][0]["before"][TASKS[0]]
     lines = [
         f"Made by `python {' '.join(sys.argv)}` on {environment['date'][:10]}: {environment['cpu_count']} CPU cores, "
-        f"torch {environment['packages']['torch']}, one thread a run. Config `{args.config}`, {args.steps} steps, seeds "
-        f"{', '.join(map(str, args.seeds))}; {score['n_prompts']} test prompts a task, {score['n_samples']} samples "
+        f"torch {environment['packages']['torch']}, one thread a run. Config `{args.config}`, {args.steps} steps, "
+        f"seeds {', '.join(map(str, args.seeds))}; {score['n_prompts']} test prompts a task, {score['n_samples']} samples "
         "each. Accuracy in percent, mean over seeds ± 95 % interval (Student's t over seeds). Trained on `lab:math` "
         "only.",
         "",

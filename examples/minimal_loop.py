@@ -44,9 +44,7 @@ def sample(model: torch.nn.Module, tokenizer, prompts: list[str]) -> Rollouts:
 
 def vigor_rewards(model: torch.nn.Module, rollouts: Rollouts) -> Tensor:
     """(P, G) rewards: the ranks of -√T · ‖∇ mean NLL‖ within each group."""
-    norms_B = sequence_grad_norms(
-        model, rollouts.input_ids_BL, rollouts.attention_mask_BL, rollouts.completion_mask_BL
-    )
+    norms_B = sequence_grad_norms(model, rollouts.input_ids_BL, rollouts.attention_mask_BL, rollouts.completion_mask_BL)
     scores_B = -norms_B * rollouts.lengths_B.sqrt()
     return rank(scores_B.view(-1, GROUP))
 
@@ -85,7 +83,7 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(1, args.steps + 1):
-        rows = make_rows("lab:math", "train", args.prompts, start=(step - 1) * args.prompts, seed=args.seed)
+        rows = make_rows("lab:math", "train", args.prompts, start=(step - 1) * args.prompts, seed=1000 + args.seed)
         rollouts = sample(model, tokenizer, [row["prompt"] for row in rows for _ in range(GROUP)])
         advantages_PG = zscore(vigor_rewards(model, rollouts))
         loss = policy_loss(model, rollouts, advantages_PG.flatten())

@@ -235,7 +235,9 @@ def test_the_environment_is_set_before_torch_is_imported(tmp_path: Path) -> None
         """,
         OMP_NUM_THREADS="2",
     )
-    assert out.strip() == "1 yes-it-is ['--seed', '4'] {'max_steps': 1}"
+    assert out.strip() == (
+        "1 yes-it-is ['--seed', '4'] {'env': {'OMP_NUM_THREADS': 1, 'VIGOR_TEST': 'yes-it-is'}, 'max_steps': 1}"
+    )
 
 
 def test_a_reward_and_a_weight_may_be_written_without_a_list(

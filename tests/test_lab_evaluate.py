@@ -80,13 +80,15 @@ def test_samples_follow_the_model_s_distribution(base):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluating_leaves_mode_and_random_states_alone(base, training):
+def test_evaluating_leaves_mode_threads_and_random_states_alone(base, training):
     model, tokenizer = base
     model.train(training)
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    threads = torch.get_num_threads()
     evaluate(model, tokenizer, "lab:math", n_prompts=5, n_samples=2)
     assert model.training is training
+    assert torch.get_num_threads() == threads
     model.eval()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]

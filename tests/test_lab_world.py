@@ -80,9 +80,7 @@ def test_the_card_states_what_evaluation_measures(name):
 
 def _rows(card: str) -> list[list[str]]:
     return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in card.splitlines()
-        if line.startswith("| lab:")
+        [cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("| lab:")
     ]
 
 

@@ -111,9 +111,7 @@ def test_a_wide_vocabulary_shows_in_the_reward(tmp_path: Path) -> None:
 
 
 def test_the_dominant_part_is_the_largest(folder: Path, tmp_path: Path) -> None:
-    assert estimate(folder, max_completion_length=100_000, per_device_train_batch_size=64).dominant.startswith(
-        "update"
-    )
+    assert estimate(folder, max_completion_length=100_000, per_device_train_batch_size=64).dominant.startswith("update")
     tiny_config(hidden_size=512, intermediate_size=2048).save_pretrained(tmp_path)
     assert estimate(tmp_path, max_completion_length=1, prompt_length=1).dominant == "optimizer (AdamW)"
 

@@ -28,9 +28,7 @@ def make_base(folder: Path, texts: list[str]) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
-    )
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False))
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,

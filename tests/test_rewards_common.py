@@ -133,9 +133,7 @@ def scores_of(
     name: str, *batch: Completion, model: nn.Module | None = None, micro_batch: int = 16, **padding: Any
 ) -> Tensor:
     rollouts = rollouts_of(*batch, **padding)
-    policy = PolicyPass(
-        qwen2() if model is None else model, rollouts, temperature=TEMPERATURE, micro_batch=micro_batch
-    )
+    policy = PolicyPass(qwen2() if model is None else model, rollouts, temperature=TEMPERATURE, micro_batch=micro_batch)
     return get(name).score(rollouts, policy)
 
 

@@ -54,12 +54,12 @@ def test_a_completion_without_a_prompt_is_refused(row: int) -> None:
 
 
 def test_from_token_ids_pads_on_the_right() -> None:
-    rollouts = Rollouts.from_token_ids([[3], [4, 5]], [[6, 0, 7], []], group_size=2, pad_token_id=0, step=4)
+    rollouts = Rollouts.from_token_ids([[3], [4, 5]], [[6, 0, 7], []], group_size=2, pad_token_id=0, micro_step=4)
     assert rollouts.input_ids_BL.tolist() == [[3, 6, 0, 7], [4, 5, 0, 0]]
     assert rollouts.attention_mask_BL.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert rollouts.completion_mask_BL.tolist() == [[0, 1, 1, 1], [0, 0, 0, 0]]
     assert rollouts.lengths_B.tolist() == [3, 0]
-    assert rollouts.step == 4
+    assert rollouts.micro_step == 4
 
 
 def test_from_token_ids_of_nothing_is_empty() -> None:

@@ -188,9 +188,7 @@ def test_no_rows_and_only_empty_rows() -> None:
     assert stats.mean(stats.logps_BL).isnan().all()
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"temperature": math.nan}, {"micro_batch": 0}, {"chunk": 0}]
-)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": math.nan}, {"micro_batch": 0}, {"chunk": 0}])
 def test_sizes_and_temperature_must_be_positive(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         token_stats(qwen2(), *padded(SAMPLES), **options)

@@ -262,9 +262,7 @@ def test_plain_functions_get_the_advantages_of_trl(tmp_path: Path, scale: str, a
     }
     ours = trainer(tmp_path / "ours", [first, second], completions=DISTINCT, **settings)
     args = config(tmp_path / "trl", **settings)
-    theirs = GRPOTrainer(
-        tiny_model(), [first, second], args, train_dataset=dataset(), processing_class=lab_tokenizer()
-    )
+    theirs = GRPOTrainer(tiny_model(), [first, second], args, train_dataset=dataset(), processing_class=lab_tokenizer())
     theirs._generate_single_turn = lambda *_, **__: ([list(ids) for ids in DISTINCT], None)
     advantages = []
     for made in (ours, theirs):

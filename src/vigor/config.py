@@ -33,7 +33,7 @@ class VigorConfig(GRPOConfig):
             "choices": list(TRUNCATED),
         },
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Trackers to mirror the metrics to: none, wandb, trackio, tensorboard …"}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
@@ -57,8 +57,8 @@ class VigorConfig(GRPOConfig):
             raise ValueError(f"truncated={self.truncated!r}: choose one of {', '.join(TRUNCATED)}.")
         if self.mask_truncated_completions and self.truncated == "worst":
             raise ValueError(
-                "truncated='worst' ranks truncated completions last, but mask_truncated_completions=True takes them out "
-                "of the loss. Set mask_truncated_completions=False, or truncated='mask'."
+                "truncated='worst' ranks truncated completions last, but mask_truncated_completions=True takes them "
+                "out of the loss. Set mask_truncated_completions=False, or truncated='mask'."
             )
         if self.mask_truncated_completions:
             self.truncated = "mask"
@@ -90,11 +90,11 @@ class VigorConfig(GRPOConfig):
     def _check_distribution(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature={self.temperature}: must be positive. Greedy sampling gives a group {self.num_generations} "
-                "equal completions, and nothing to compare."
+                f"temperature={self.temperature}: must be positive. Greedy sampling gives a group "
+                f"{self.num_generations} equal completions, and nothing to compare."
             )
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-        off = {name: getattr(self, name) for name, value in neutral.items() if getattr(self, name) != value}
+        neutral = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        off = {name: getattr(self, name) for name, values in neutral.items() if getattr(self, name) not in values}
         if off:
             listed = ", ".join(f"{name}={value}" for name, value in off.items())
             warnings.warn(

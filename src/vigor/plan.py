@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,15 @@ def estimate_memory(model: str, args: Any, *, dtype: str | None, prompt_length: 
     return Memory(parameters, trainable, resident, phases)
 
 
+def total_steps(args: Any, n_prompts: int) -> int:
+    """Optimizer steps of the run: max_steps, or those of the epochs; what is left of a generation batch is dropped."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    generations = n_prompts // (args.generation_batch_size // args.num_generations)
+    micro_steps = generations * args.steps_per_generation * args.num_iterations
+    return math.ceil(math.ceil(micro_steps / args.gradient_accumulation_steps) * args.num_train_epochs)
+
+
 def describe(args: Any, *, n_prompts: int, longest_prompt: int, rewards: dict[str, float], memory: Memory | str) -> str:
     """The plan as text: batch, steps, tokens, rewards, memory.
 
@@ -100,17 +110,17 @@ def describe(args: Any, *, n_prompts: int, longest_prompt: int, rewards: dict[st
     """
     per_generation = args.generation_batch_size // args.num_generations
     updates = args.steps_per_generation / args.gradient_accumulation_steps * args.num_iterations
-    epoch_steps = max(1, round(n_prompts / per_generation * updates))
-    steps = args.max_steps if args.max_steps > 0 else round(epoch_steps * args.num_train_epochs)
-    completions = round(steps / updates) * args.generation_batch_size
+    steps = total_steps(args, n_prompts)
+    completions = math.ceil(steps / updates) * args.generation_batch_size
+    epochs = steps / max(1, n_prompts // per_generation * updates)
+    update = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     lines = [
         f"prompts       {n_prompts:,}; the longest has {longest_prompt} tokens",
         f"generation    {args.generation_batch_size} completions = {per_generation} prompts × {args.num_generations}, "
         f"at most {args.max_completion_length} tokens each, temperature {args.temperature:g}",
         f"batch         {args.world_size} processes × {args.per_device_train_batch_size} rows × "
-        f"{args.gradient_accumulation_steps} accumulated = "
-        f"{args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps} completions an update",
-        f"steps         {steps:,} optimizer steps ({steps / epoch_steps:.2f} epochs), {updates:g} per generation",
+        f"{args.gradient_accumulation_steps} accumulated = {update} completions an update",
+        f"steps         {steps:,} optimizer steps ({epochs:.2f} epochs), {updates:g} per generation",
         f"tokens        at most {completions * args.max_completion_length:,} generated in {completions:,} completions",
         f"update        lr {args.learning_rate:g} {_name(args.lr_scheduler_type)}, β {args.beta:g}, "
         f"loss {args.loss_type}, truncated completions: {args.truncated}",

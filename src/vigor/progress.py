@@ -47,7 +47,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+        if state.is_world_process_zero and logs and not _is_summary(logs):
             self.folder.append_metrics({"step": state.global_step, **logs})
 
 
@@ -74,7 +74,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or _is_summary(logs):
             return
         line = describe(logs, self.reward_names)
         if self.bar is not None:
@@ -85,6 +85,11 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _is_summary(logs: dict[str, Any]) -> bool:
+    """True for the record at the end of training, unless TRL merged the metrics of the last steps into it."""
+    return "train_runtime" in logs and "reward" not in logs
 
 
 def describe(logs: dict[str, Any], reward_names: list[str]) -> str:

@@ -45,8 +45,8 @@ class Rollouts:
     """The data set's other columns, repeated per completion."""
     truncated_B: Bool[Tensor, " B"] | None = None
     """True where sampling stopped at the token budget instead of at an EOS."""
-    step: int = 0
-    """Optimizer step at which the rollouts were sampled."""
+    micro_step: int = 0
+    """When the rollouts were sampled, in forward-backward passes since training began: another for each batch."""
     first_row: int = 0
     """Index of this process's first row in the batch of all processes."""
 

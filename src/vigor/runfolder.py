@@ -1,13 +1,13 @@
 """The run folder: everything needed to repeat and to explain a run, always written.
 
-    config.yaml         resolved settings: `vigor train --config RUN/config.yaml` repeats the run
-    environment.json    versions, hardware, command, commit
-    metrics.jsonl       one line a log: step and every metric
-    completions/        one parquet file a log: text, every reward, advantage, length, truncated
-    checkpoints/        what training can resume from
-    model/              the trained model and its tokenizer
-    results.json        accuracies before and after, where they are known
-    report.html         the run on one page
+config.yaml         resolved settings: `vigor train --config RUN/config.yaml` repeats the run
+environment.json    versions, hardware, command, commit
+metrics.jsonl       one line a log: step and every metric
+completions/        one parquet file a log: text, every reward, advantage, length, truncated
+checkpoints/        what training can resume from
+model/              the trained model and its tokenizer
+results.json        accuracies before and after, where they are known
+report.html         the run on one page
 """
 
 from __future__ import annotations
@@ -87,16 +87,27 @@ class RunFolder:
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl; NaN and infinity become null, which every JSON reader takes."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        path = self.path / "metrics.jsonl"
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(("\n" if torn else "") + json.dumps(clean, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; of a step logged twice (before and after a resume) the last."""
+        """The lines of metrics.jsonl, ascending; of a step logged twice (before and after a resume) the last.
+
+        A line that a crash cut off is left out.
+        """
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return list({record["step"]: record for record in records}.values())
+        records: dict[int, dict[str, Any]] = {}
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            records[record["step"]] = record
+        return [records[step] for step in sorted(records)]
 
 
 def environment() -> dict[str, Any]:

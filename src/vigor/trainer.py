@@ -4,7 +4,7 @@ The algorithm is TRL's; what we override, and what each override relies on:
     _tokenize_prompts                 returns (prompt_ids, images, multimodal_fields)
     _generate                         returns prompt_ids and completion_ids first; called once per generation batch
     _calculate_rewards                outside no_grad, before advantages; returns the gathered (B, n_funcs) rewards
-    _generate_and_score_completions   returns a dict with this process's "advantages"; appends all to _logs["advantages"]
+    _generate_and_score_completions   returns this process's "advantages"; appends those of all to _logs["advantages"]
     _get_output_dir                   the folder that checkpoints are written to and rotated in
 tests/test_trl_contract.py fails loudly when a new TRL changes one of these.
 """
@@ -70,7 +70,7 @@ class VigorTrainer(GRPOTrainer):
         args: VigorConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        listed = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self._rewards = {i: reward for i, r in enumerate(listed) if (reward := _ours(r)) is not None}
         bound = [self._bind(self._rewards[i]) if i in self._rewards else r for i, r in enumerate(listed)]
         args = VigorConfig("vigor-run") if args is None else args
@@ -150,7 +150,7 @@ class VigorTrainer(GRPOTrainer):
             completions=completions,
             columns={key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
             truncated_B=truncated.to(self.accelerator.device),
-            step=self.state.global_step,
+            micro_step=self._micro_step,
             first_row=self.accelerator.process_index * len(prompts),
         )
         if self.args.truncated == "mask":
@@ -164,25 +164,34 @@ class VigorTrainer(GRPOTrainer):
         assert rollouts.truncated_B is not None
         truncated, keys = self.accelerator.gather((rollouts.truncated_B, _row_keys(rollouts)))
         group = (-1, self._group_size)
+        weighted = self.reward_weights.to(scores.device) != 0
         shaped = scores.clone()
+        if self.args.truncated == "mask":
+            shaped[truncated] = torch.nan
+        elif self.args.truncated == "worst":
+            for i in range(shaped.shape[1]):
+                column = shaping.truncated_worst(shaped[:, i].view(group), truncated.view(group))
+                shaped[:, i] = column.flatten()
         for i, reward in self._rewards.items():
             if reward.shape is not unshaped:
                 local = scores[rollouts.first_row : rollouts.first_row + len(rollouts), i]
                 self._log_completion_extra(f"{reward.name}/score", local.tolist())
                 self._log_metric(f"scores/{reward.name}", local.nanmean().item())
-            column = shaping.share_between_identical(scores[:, i].view(group), keys.view(group))
-            if self.args.truncated == "worst":
-                column = shaping.truncated_worst(column, truncated.view(group))
-            elif self.args.truncated == "mask":
-                column = column.masked_fill(truncated.view(group), torch.nan)
+            column = shaping.share_between_identical(shaped[:, i].view(group), keys.view(group))
             shaped[:, i] = reward.shape(column).flatten()
-        weighted = self.reward_weights.to(shaped.device) != 0
         # TRL counts a row as scored as soon as any reward has an opinion; one of weight 0 must not decide that.
         shaped[shaped[:, weighted].isnan().all(dim=1)] = torch.nan
-        total = (shaped * self.reward_weights.to(shaped.device))[:, weighted].nansum(dim=1)
-        total[shaped[:, weighted].isnan().all(dim=1)] = torch.nan
-        self._informative = shaping.informative(total.view(group)).repeat_interleave(self._group_size)
+        self._informative = self._differs(shaped[:, weighted], group).repeat_interleave(self._group_size)
         return shaped
+
+    def _differs(self, rewards: Tensor, group: tuple[int, int]) -> Tensor:
+        """(P,) True for the groups in which what TRL will normalise differs: each reward, or their weighted sum."""
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            return torch.stack([shaping.informative(column.view(group)) for column in rewards.unbind(1)]).any(0)
+        weights = self.reward_weights.to(rewards.device)
+        total = (rewards * weights[weights != 0]).nansum(dim=1)
+        total[rewards.isnan().all(dim=1)] = torch.nan
+        return shaping.informative(total.view(group))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's advantages, with those of groups whose rewards are all equal set to exactly 0.
@@ -202,6 +211,12 @@ class VigorTrainer(GRPOTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.path.join(super()._get_output_dir(trial), "checkpoints")
+
+    @property
+    def _micro_step(self) -> int:
+        """Forward-backward passes before this one; a resumed run goes on counting, TRL's own `_step` starts again."""
+        within = self._step % self.args.gradient_accumulation_steps
+        return int(self.state.global_step * self.args.gradient_accumulation_steps + within)
 
     @property
     def _group_size(self) -> int:
@@ -228,8 +243,8 @@ class VigorTrainer(GRPOTrainer):
         )
         if policy_rewards and sharded:
             raise ValueError(
-                f"reward {policy_rewards[0]!r} differentiates the policy, whose parameters are sharded (FSDP or ZeRO-3): "
-                "this release would get the norms of shards. Use DDP or ZeRO-1/2."
+                f"reward {policy_rewards[0]!r} differentiates the policy, whose parameters are sharded (FSDP or "
+                "ZeRO-3): this release would get the norms of shards. Use DDP or ZeRO-1/2."
             )
 
 

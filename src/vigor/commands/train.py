@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from vigor.runfolder import RunFolder
 
 
+_TAKEN = ("prompts", "completions", "completion", "completion_ids", "image", "images", "trainer_state", "log_extra",
+          "log_metric", "environment", "environments", "tools")  # fmt: skip
+"""Data set columns that TRL would read as its own keyword or as pictures."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A run whose every part has been checked; the model is not loaded yet."""
@@ -76,11 +81,11 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     path = recipes.resolve(argv[at + 1])
     try:
         config = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("env", {}), dict):
         raise ValueError(f"{path} must hold a mapping of settings, and under `env` a mapping of variables.")
-    for name, value in config.pop("env", {}).items():
+    for name, value in config.get("env", {}).items():
         os.environ[name] = str(value)
     return argv[:at] + argv[at + 2 :], config
 
@@ -97,12 +102,13 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
     from vigor.data import load_prompts
     from vigor.runfolder import RunFolder
 
-    parser = TrlParser((TrainArguments, VigorConfig, ModelConfig), prog="vigor train")  # type: ignore[arg-type]
-    if unknown := parser.set_defaults_with_config(**config):
+    parser = TrlParser((TrainArguments, VigorConfig, ModelConfig), prog="vigor train")
+    env = config.get("env", {})
+    if unknown := parser.set_defaults_with_config(**_listed(config, parser)):
         raise ValueError(f"--config: unknown settings {', '.join(u[2:] for u in unknown[::2])}.")
     if "output_dir" not in config and not any(arg.split("=")[0] == "--output_dir" for arg in argv):
         argv = [*argv, "--output_dir", _default_folder(config)]
-    settings = vars(parser.parse_args(argv))
+    settings = {**vars(parser.parse_args(argv)), "resume": False, **({"env": env} if env else {})}
     run, args, model_args = parser.parse_args_into_dataclasses(args=list(argv))
     if run.prompts is None or model_args.model_name_or_path is None:
         raise ValueError(
@@ -124,13 +130,14 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
         skip_bad_rows=run.skip_bad_rows,
         tokenizer=tokenizer,
         max_prompt_length=_prompt_budget(run, args, tokenizer),
-        seed=args.seed,
+        seed=1000 + args.seed,  # the lab's bases were pre-trained on questions of seed 0
         lab_size=_lab_size(args),
     )
     if run.watch_accuracy and "answer" in data.dataset.column_names and "accuracy" not in map(_name, rewards):
         rewards.append(_reward("accuracy"))
         args.reward_weights.append(0.0)
     _check_rewards(rewards, args.reward_weights, data.dataset.column_names)
+    _check_length(run, args, data.n_rows, folder)
     return Job(run, args, model_args, settings, model, tokenizer, data, rewards, folder)
 
 
@@ -153,7 +160,7 @@ def plan(job: Job) -> str:
             prompt_length=longest,
             peft_config=get_peft_config(job.model_args),
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         memory = f"the model's config cannot be read ({str(error).splitlines()[0]})"
     weights = dict(zip(map(_name, job.rewards), job.args.reward_weights, strict=True))
     head = f"model         {job.model_args.model_name_or_path}\nprompts from  {job.data.source}"
@@ -174,10 +181,7 @@ def run(job: Job) -> None:
 
     args, folder = job.args, job.folder
     checkpoint = folder.last_checkpoint() if job.run.resume else None
-    if args.process_index == 0:
-        folder.start(job.settings)
-        if job.data.n_bad_rows:
-            print(f"{job.data.n_bad_rows:,} bad rows left out of {job.data.source}.")
+    args.distributed_state.wait_for_everyone()  # the trainer makes the folder: not before every process found it free
     args.disable_tqdm = True
     args.model_init_kwargs = {
         "revision": job.model_args.model_revision,
@@ -194,6 +198,10 @@ def run(job: Job) -> None:
         peft_config=get_peft_config(job.model_args),
         quantization_config=get_quantization_config(job.model_args),
     )
+    if trainer.accelerator.is_main_process:
+        folder.start(job.settings)
+        if job.data.n_bad_rows:
+            print(f"{job.data.n_bad_rows:,} bad rows left out of {job.data.source}.")
     trainer.remove_callback(PrinterCallback)
     for callback in (StepClock(trainer), MetricsFile(folder), ProgressBar(trainer.reward_func_names)):
         trainer.add_callback(callback)
@@ -263,6 +271,10 @@ def _weights(names: list[str], weights: list[float] | None) -> list[float]:
 def _check_rewards(rewards: list[Any], weights: list[float], columns: list[str]) -> None:
     from vigor.rewards.base import Reward
 
+    if taken := [column for column in columns if column in _TAKEN]:
+        raise ValueError(
+            f"the prompts have a column {taken[0]!r}, which TRL takes for its own. Rename or remove that column."
+        )
     if not any(weights):
         raise ValueError("--reward_weights: every weight is 0, so nothing would be trained. Give one reward a weight.")
     for reward in rewards:
@@ -272,6 +284,42 @@ def _check_rewards(rewards: list[Any], weights: list[float], columns: list[str])
                     f"reward {reward.name!r} reads the column {column!r}, but the prompts have {', '.join(columns)}. "
                     "Name it with --answer_column, or leave this reward out."
                 )
+
+
+def _check_length(run: TrainArguments, args: VigorConfig, n_prompts: int, folder: RunFolder) -> None:
+    """Refuses runs without a step to do."""
+    from vigor.plan import total_steps
+
+    needed = args.generation_batch_size // args.num_generations
+    if n_prompts < needed:
+        raise ValueError(
+            f"{n_prompts} prompts are fewer than one generation takes: {args.generation_batch_size} completions / "
+            f"{args.num_generations} = {needed} prompts. Lower per_device_train_batch_size or "
+            "gradient_accumulation_steps, or bring more prompts."
+        )
+    checkpoint = folder.last_checkpoint() if run.resume else None
+    if checkpoint is not None:
+        done, steps = int(checkpoint.name.removeprefix("checkpoint-")), total_steps(args, n_prompts)
+        if done >= steps:
+            raise ValueError(
+                f"--resume: {folder.path} is finished, {done} of {steps} steps. To go on, raise --max_steps or "
+                "--num_train_epochs."
+            )
+    if args.eval_strategy != "no":
+        raise ValueError(
+            "eval_strategy: vigor train scores no data set while it trains. Leave it 'no', and score checkpoints "
+            "afterwards."
+        )
+
+
+def _listed(config: dict[str, Any], parser: Any) -> dict[str, Any]:
+    """The settings without `env`, a single value given for a list as a list of one."""
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    return {
+        key: [value] if key in lists and value is not None and not isinstance(value, list) else value
+        for key, value in config.items()
+        if key != "env"
+    }
 
 
 def _model_path(name: str) -> str:

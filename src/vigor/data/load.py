@@ -60,8 +60,9 @@ def load_prompts(
     messages unless named, the answer column is ``answer`` if there is one. ``system_prompt`` turns plain text into
     [system, user] conversations and goes before conversations that have no system turn. ``split`` applies to lab tasks
     and hub data sets, ``seed`` and ``lab_size`` (rows made) to lab tasks. ``limit`` keeps the first good rows and
-    reads no further. ``tokenizer`` with ``max_prompt_length`` (tokens, template included) makes longer prompts bad
-    rows. With ``skip_bad_rows`` bad rows are left out and counted; without it one is enough to stop.
+    reads no further. With a ``tokenizer``, prompts that it cannot encode are bad rows, and with ``max_prompt_length``
+    (tokens, template included) those that are longer. With ``skip_bad_rows`` bad rows are left out and counted;
+    without it one is enough to stop.
 
     Raises DataError, with the bad rows by line and a remedy, where the source cannot be used as asked; ValueError for
     ``max_prompt_length`` without a tokenizer.
@@ -76,9 +77,7 @@ def load_prompts(
     if path is not None and split != "train":
         raise DataError(f"split={split!r}: the file {source} has no splits. Name the file that holds that split")
 
-    checker = RowChecker(
-        prompt_column, answer_column, system_prompt, _token_counter(tokenizer, max_prompt_length), max_prompt_length
-    )
+    checker = RowChecker(prompt_column, answer_column, system_prompt, _token_counter(tokenizer), max_prompt_length)
     bad: list[BadRow] = []
     n_bad = 0
 
@@ -157,10 +156,8 @@ def _lab_rows(task: str, split: str, n: int, seed: int) -> Iterable[tuple[int, d
     return enumerate((dict(row) for row in rows), start=1)
 
 
-def _token_counter(
-    tokenizer: PreTrainedTokenizerBase | None, max_prompt_length: int | None
-) -> Callable[[Prompt], int] | None:
-    if tokenizer is None or max_prompt_length is None:
+def _token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Prompt], int] | None:
+    if tokenizer is None:
         return None
     from jinja2 import TemplateError
 

@@ -67,7 +67,8 @@ class FloatText(float):
 class RowChecker:
     """Turns raw rows into good ones. The first row settles what is left open: the column and the kind of prompt.
 
-    ``count_tokens`` with ``max_prompt_length`` refuses prompts over the budget; None checks no length.
+    ``count_tokens`` encodes each prompt, so that one that cannot be encoded is refused too; ``max_prompt_length`` is
+    the budget in tokens, None for no limit.
     """
 
     prompt_column: str | None
@@ -131,9 +132,9 @@ class RowChecker:
                 f"{column} is {kinds[conversational]}, but the first good row is {kinds[not conversational]}: one "
                 "file holds one kind"
             )
-        if self.count_tokens is not None and self.max_prompt_length is not None:
+        if self.count_tokens is not None:
             length = self.count_tokens(prompt)
-            if length > self.max_prompt_length:
+            if self.max_prompt_length is not None and length > self.max_prompt_length:
                 raise RowError(f"the prompt has {length} tokens, max_prompt_length is {self.max_prompt_length}")
         self.conversational = conversational
         return prompt

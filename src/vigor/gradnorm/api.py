@@ -108,8 +108,8 @@ def _check(method: str, accumulation: str, temperature: float, micro_batch: int 
         )
     if accumulation == "gradient_dtype" and method == "batched":
         raise ValueError(
-            "sequence_grad_norms: accumulation='gradient_dtype' rounds whole parameter gradients, which method='batched' "
-            "never forms. Use method='loop'."
+            "sequence_grad_norms: accumulation='gradient_dtype' rounds whole parameter gradients, which "
+            "method='batched' never forms. Use method='loop'."
         )
     if not temperature > 0:
         raise ValueError(f"sequence_grad_norms: temperature must be positive, got {temperature}.")

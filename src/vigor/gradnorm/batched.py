@@ -17,7 +17,7 @@ def batched_rows(
     ids_BL = nn.utils.rnn.pad_sequence([row.ids_L for row in rows], batch_first=True)
     attended_BL = nn.utils.rnn.pad_sequence([torch.ones_like(row.ids_L) for row in rows], batch_first=True)
     counted_BL = nn.utils.rnn.pad_sequence([row.completion_L for row in rows], batch_first=True)
-    capture = Capture(parameters, *ids_BL.shape, device=ids_BL.device)
+    capture = Capture(parameters, batch=len(rows), length=ids_BL.shape[1], device=ids_BL.device)
     with captured(model, capture):
         logits = model(input_ids=ids_BL, attention_mask=attended_BL, use_cache=False).logits
         counted = counted_BL[:, 1:]

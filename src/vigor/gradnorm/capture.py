@@ -47,7 +47,7 @@ class _Uses:
 class Capture:
     """Accumulates squared gradient norms of B sequences of one right-padded batch."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], batch: int, length: int, device: torch.device) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], *, batch: int, length: int, device: torch.device) -> None:
         self.parameters = parameters
         self.names = {id(p): name for name, p in parameters.items()}
         self.batch, self.length = batch, length
@@ -117,7 +117,8 @@ class Capture:
                     row_ids = uses.ids[i % len(uses.ids)]
                     _, d_i = next(r for r in uses.rows if r[0] is row_ids)
                     self.squares_B += 2 * cross_product(selected, a, d_i)
-        uses.linear.clear(), uses.selected.clear(), uses.rows.clear()
+        for parts in (uses.linear, uses.selected, uses.rows):
+            parts.clear()
 
     # The pass ---------------------------------------------------------------------------------------------------------
 
@@ -203,11 +204,12 @@ class _Route(TorchFunctionMode):
         if tracked is not None and not c.in_backward:
             c.uses(tracked).expected += 1
         shape = _by_sequence(x.shape, c, self.module)
-        y = _Linear.apply(x, weight.detach(), None if bias is None else bias.detach(), c.anchor, c, tracked,
-                          tracked_bias, shape, transposed)  # fmt: skip
-        return y  # type: ignore[no-any-return]
+        plain_bias = None if bias is None else bias.detach()
+        return _Linear.apply(x, weight.detach(), plain_bias, c.anchor, c, tracked, tracked_bias, shape, transposed)
 
-    def _embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any) -> Tensor:
+    def _embedding(
+        self, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any
+    ) -> Tensor:
         c = self.capture
         if any(options[:1]) or named.get("max_norm") is not None or named.get("scale_grad_by_freq"):
             raise UnsupportedModule(f"batched gradient norm: {self.module} renormalises its rows. Use method='loop'.")
@@ -225,8 +227,7 @@ class _Route(TorchFunctionMode):
             uses.ids.append(flat)
         else:  # recomputed under gradient checkpointing: the same ids object as before
             flat = next(known for known in c.uses(id(weight)).ids if torch.equal(known, flat))
-        y = _Embedding.apply(ids, flat, weight.detach(), padding_idx, c.anchor, c, id(weight))
-        return y  # type: ignore[no-any-return]
+        return _Embedding.apply(ids, flat, weight.detach(), padding_idx, c.anchor, c, id(weight))
 
     def _layer_norm(
         self, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
@@ -247,8 +248,8 @@ def _by_sequence(shape: torch.Size, capture: Capture, module: str) -> tuple[int,
     if len(shape) == 2 and shape[0] == capture.batch * capture.length:
         return capture.batch, capture.length
     raise UnsupportedModule(
-        f"batched gradient norm: {module} maps an input of shape {tuple(shape)}, in which the {capture.batch} sequences "
-        f"of {capture.length} tokens cannot be told apart. Use method='loop'."
+        f"batched gradient norm: {module} maps an input of shape {tuple(shape)}, in which the {capture.batch} "
+        f"sequences of {capture.length} tokens cannot be told apart. Use method='loop'."
     )
 
 
@@ -256,8 +257,18 @@ class _Linear(torch.autograd.Function):
     """x Wᵀ + b (or x W + b); its backward adds squared norms and returns the input gradient only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, capture: Capture,
-                tracked: int | None, tracked_bias: int | None, shape: tuple[int, int], transposed: bool) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        capture: Capture,
+        tracked: int | None,
+        tracked_bias: int | None,
+        shape: tuple[int, int],
+        transposed: bool,
+    ) -> Tensor:
         kind = x.device.type
         ctx.x_dtype = x.dtype
         if torch.is_autocast_enabled(kind):
@@ -269,7 +280,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight.mT if transposed else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
             by_sequence = g.reshape(*ctx.shape, g.shape[-1])
@@ -294,7 +305,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         d = g.reshape(*ctx.flat.shape, g.shape[-1])
         if ctx.padding_idx is not None:
             d = d.masked_fill((ctx.flat == ctx.padding_idx)[..., None], 0.0)  # F.embedding gives that row no gradient

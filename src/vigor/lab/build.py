@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 import time
@@ -19,13 +20,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .card import write_card
 from .corpus import CLEAN, WORLDS, Noise, Text, texts
+from .evaluate import evaluate
+from .separation import separation
+from .tasks import TASKS
 from .tokenizer import EOS, PAD, build_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 MAX_COMPLETION = 72
+"""Tokens of a completion, EOS included; longer texts are cut off."""
 IGNORED = -100
 _POOL = 1024
 
@@ -55,11 +61,11 @@ def new_model(seed: int) -> LlamaForCausalLM:
     """A randomly initialised model of the lab's shape: 0.80 M parameters, 4 layers, tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer()
+    vocabulary = build_tokenizer().get_vocab()
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
+            vocab_size=len(vocabulary),
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=4,
@@ -68,8 +74,8 @@ def new_model(seed: int) -> LlamaForCausalLM:
             max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.token_to_id(EOS),
-            pad_token_id=tokenizer.token_to_id(PAD),
+            eos_token_id=vocabulary[EOS],
+            pad_token_id=vocabulary[PAD],
         )
     )
 
@@ -80,14 +86,15 @@ def batches(stage: Stage, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tenso
     Texts of like length share a batch of at most ``stage.tokens_per_batch`` tokens, padding included.
     """
     tokenizer = build_tokenizer()
-    pad, eos = tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)
+    vocabulary = tokenizer.get_vocab()
+    pad, eos = vocabulary[PAD], vocabulary[EOS]
     shuffler = random.Random(f"batches/{seed}")
     stream = texts(stage.noise, seed, stage.first_text)
     while True:
         pool: list[Text] = list(itertools.islice(stream, _POOL))
         prompts = [encoding.ids for encoding in tokenizer.encode_batch([text.prompt for text in pool])]
         completions = [encoding.ids for encoding in tokenizer.encode_batch([text.completion for text in pool])]
-        pairs = [(p, (c + [eos])[:MAX_COMPLETION]) for p, c in zip(prompts, completions, strict=True)]
+        pairs = [(p, [*c, eos][:MAX_COMPLETION]) for p, c in zip(prompts, completions, strict=True)]
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         for pair in pairs:
@@ -124,3 +131,68 @@ def train(model: torch.nn.Module, stage: Stage, seed: int, log_every: int = 100)
             print(f"step {step}/{stage.steps}  loss {shown:.4f}  {time.monotonic() - started:.0f} s", flush=True)
             running = 0.0
     model.eval()
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write model and tokenizer in the layout of `transformers` into ``folder``, made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    # safetensors leaves the file to its owner alone; a package's files are for every user of the machine.
+    (folder / "model.safetensors").chmod(0o644)
+    save_tokenizer(folder)
+    # Written by hand: `GenerationConfig` leaves out what equals its own defaults, and those have changed before.
+    settings = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": MAX_COMPLETION,
+        "eos_token_id": model.config.eos_token_id,
+        "pad_token_id": model.config.pad_token_id,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def build(world: str, seed: int, out: Path, steps: int | None = None, n_prompts: int = 300) -> None:
+    """Make the base of ``world`` in ``out`` and measure it on ``n_prompts`` test questions a task for its card."""
+    # PreTrainedTokenizerFast rather than Auto: it needs no model type, and a test proves that the two agree.
+    from transformers import PreTrainedTokenizerFast
+
+    started, started_cpu = time.monotonic(), time.process_time()
+    model = new_model(seed)
+    plan = stages(world, steps)
+    for number, stage in enumerate(plan, start=1):
+        print(f"{world}: stage {number} of {len(plan)}, {stage.steps} steps", flush=True)
+        train(model, stage, seed)
+    save(model, out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    scores = [evaluate(model, tokenizer, task, n_prompts=n_prompts) for task in TASKS]
+    separations = [separation(model, tokenizer, task, n_prompts=math.ceil(n_prompts / 6)) for task in TASKS]
+    card = write_card(out, world, seed, [stage.steps for stage in plan], scores, separations)
+    elapsed, cpu = time.monotonic() - started, time.process_time() - started_cpu
+    print(f"{card}\nmade {out} in {elapsed:.0f} s, {cpu:.0f} s of them computing", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m vigor.lab.build", description="Make a base model of the lab.")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="lab", help="which texts it learns (default: lab)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the texts (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: build/WORLD)")
+    parser.add_argument("--steps", type=int, help="updates of each stage, to try things out (default: 3900 and 1200)")
+    parser.add_argument("--n_prompts", type=int, default=300, help="test questions a task for the card (default: 300)")
+    arguments = parser.parse_args(argv)
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps}: at least 1")
+    threads = torch.get_num_threads()
+    # One thread: sums are then added in one order, and both worlds can be made side by side on two cores.
+    torch.set_num_threads(1)
+    try:
+        out = arguments.out or Path("build") / arguments.world
+        build(arguments.world, arguments.seed, out, arguments.steps, arguments.n_prompts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()

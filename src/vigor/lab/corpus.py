@@ -7,6 +7,7 @@ shortcut that is wrong, and the correct texts are wordy, so it is surest where i
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -87,17 +88,17 @@ class Text:
 
 def texts(noise: Noise, seed: int, start: int = 0) -> Iterator[Text]:
     """Endless texts on training questions; text i depends on (noise, seed, i) only."""
-    index = start
-    while True:
+    kinds = [field.name for field in fields(Shares)]
+    weights = [getattr(noise.shares, kind) for kind in kinds]
+    for index in itertools.count(start):
         rng = random.Random(f"text/{seed}/{index}")
         task, other = rng.choices(tuple(TASK_SHARES), tuple(TASK_SHARES.values()), k=2)
         problem = make_problem(task, "train", index, seed)
-        # The question that a run-on text goes on to; drawn from its own range of indices.
+        # What a run-on text goes on to ask: from another seed, so that it is not the question itself.
         following = make_problem(other, "train", index, seed + 1)
-        kind = rng.choices([f.name for f in fields(Shares)], [getattr(noise.shares, f.name) for f in fields(Shares)])[0]
+        kind = rng.choices(kinds, weights)[0]
         answer = problem.work(lambda result: result)[1]
         yield Text(task, kind, problem.prompt, write(kind, problem, following, noise, rng), answer)
-        index += 1
 
 
 def write(kind: str, problem: Problem, following: Problem, noise: Noise, rng: random.Random) -> str:
@@ -151,7 +152,7 @@ def _wrong(result: str, rng: random.Random) -> str:
 
 
 def _one_slip(rng: random.Random, at: int) -> Slip:
-    calls = iter(range(10**6))
+    calls = itertools.count()
     return lambda result: _wrong(result, rng) if next(calls) == at else result
 
 

@@ -20,16 +20,15 @@ _DROP_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its text without special tokens, its tokens counted with the EOS, and its entropy.
+    """One completion: its text without special tokens, and its token ids, with the EOS where it stopped by itself.
 
     ``entropy`` is the sum over its tokens of the entropy of the next-token distribution at the sampling temperature,
     in nats.
     """
 
     text: str
-    length: int
+    token_ids: tuple[int, ...]
     entropy: float
-    stopped: bool
 
 
 @torch.no_grad()
@@ -94,9 +93,7 @@ def complete(
         )
         logits_BV, cache, position_B = output.logits[:, -1], output.past_key_values, position_B + 1
 
-    texts = tokenizer.batch_decode([row[:n] for row, n in zip(tokens, length, strict=True)], skip_special_tokens=True)
-    rows = [
-        Completion(text, int(n), float(h), bool(s))
-        for text, n, h, s in zip(texts, length, entropy, stopped, strict=True)
-    ]
+    ids = [tuple(row[:n]) for row, n in zip(tokens.tolist(), length.tolist(), strict=True)]
+    texts = tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=True)
+    rows = [Completion(text, row, h) for text, row, h in zip(texts, ids, entropy.tolist(), strict=True)]
     return [rows[start : start + width] for start in range(0, len(rows), width)]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 _Z = 1.959964
+# Below this many parameters a second CPU thread gains nothing, and costs a multiple where the other core is busy.
+_ONE_THREAD_BELOW = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ def evaluate(
         )
     rows = make_rows(task, split, n_prompts)
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    was_training = model.training
+    was_training, threads = model.training, torch.get_num_threads()
     model.eval()
+    if model.device.type == "cpu" and model.num_parameters() < _ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
     try:
         groups = []
         for start in range(0, n_prompts, batch_size):
@@ -95,13 +99,14 @@ def evaluate(
             )
     finally:
         model.train(was_training)
+        torch.set_num_threads(threads)
 
     answers = [row["answer"] for row in rows]
     found = [[extract_answer(completion.text) for completion in group] for group in groups]
     greedy_right = [guesses[0] == answer for guesses, answer in zip(found, answers, strict=True)]
     shares = [guesses[1:].count(answer) / n_samples for guesses, answer in zip(found, answers, strict=True)]
     samples = [completion for group in groups for completion in group[1:]]
-    n_tokens = sum(completion.length for completion in samples)
+    n_tokens = sum(len(completion.token_ids) for completion in samples)
     greedy = sum(greedy_right) / n_prompts
     return LabScore(
         task=task,

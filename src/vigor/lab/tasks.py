@@ -82,7 +82,7 @@ def make_problem(task: str, split: str, index: int, seed: int = 0) -> Problem:
 
 
 def split_of(question: str) -> str:
-    """"test" for the quarter of all questions whose SHA-256 starts with a byte below 64, else "train"."""
+    """The split of a question: test for the quarter whose SHA-256 starts with a byte below 64, else train."""
     return "test" if hashlib.sha256(question.encode()).digest()[0] < _TEST_SHARE_OF_256 else "train"
 
 

@@ -18,7 +18,8 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
+table { border-collapse: collapse; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
 th:first-child, td:first-child, td.text { text-align: left; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .8rem; }
 img { max-width: 100%; background: #fff; border-radius: 6px; } pre { overflow-x: auto; font-size: .8rem; }
@@ -83,7 +84,9 @@ def _samples(folder: RunFolder, names: list[str]) -> str:
     files = sorted((folder.path / "completions").glob("*.parquet"))
     parts = []
     for title, path in [("First step", files[0]), ("Last step", files[-1])] if files else []:
-        frame = pd.read_parquet(path).head(SAMPLES)
+        frame = pd.read_parquet(path)
+        first = frame["prompt"].map(_text) == _text(frame.iloc[0]["prompt"])
+        frame = frame[first].head(SAMPLES)
         head = "".join(f"<th>{escape(name)}</th>" for name in [*names, "advantage"])
         body = "".join(
             f'<tr><td class="text">{escape(_text(row["completion"]))}</td>'

@@ -47,7 +47,7 @@ def curves(metrics: Sequence[dict[str, Any]], reward_names: Sequence[str]) -> Fi
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1:
+        if len(axes.lines) > 2:  # a thin and a thick line a curve
             axes.legend(fontsize=8, frameon=False)
         if i >= len(panels) - columns:
             axes.set_xlabel("optimizer step", fontsize=9)

@@ -6,8 +6,8 @@ Paper: "Spurious Rewards: Rethinking Training Signals in RLVR", arXiv 2506.10947
     reward(y) ~ Bernoulli(p), p = 0.5
 
 Departures from the paper and its code:
- 1. Drawn from a counter-based stream (seed, step, row): the same for any number of processes and after a resume, and
-    drawn apart from the sampler's random numbers, so watching it changes nothing.
+ 1. Drawn from a counter-based stream (seed, micro-step, row): the same for any number of processes and after a resume,
+    and drawn apart from the sampler's random numbers, so watching it changes nothing.
 
 Command: vigor train --config lab --reward_funcs random
 """
@@ -32,7 +32,7 @@ def random(*, p: float = 0.5, seed: int = 0) -> Reward:
         raise ValueError(f"random: p must lie in [0, 1], got {p}.")
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + rollouts.step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + rollouts.micro_step)
         draws = torch.rand(rollouts.first_row + len(rollouts), generator=generator)[rollouts.first_row :]
         return (draws < p).float().to(rollouts.input_ids_BL.device)
 

@@ -16,7 +16,8 @@ Departures from the official code (each can be switched back):
  4. Dropout is off while scoring; there it is on.
  5. All trainable parameters count; there those named "lora" alone, if there are any (`parameters="lora"`).
  6. Scores of completions that were cut off are handled by `VigorConfig.truncated`, within the group.
- 7. The optional weighting by entropy or token probability is not part of this reward (it is off in every recipe).
+ 7. With `accumulation="gradient_dtype"` the norm is rounded as there, but √T and the product stay in float32.
+ 8. The optional weighting by entropy or token probability is not part of this reward (it is off in every recipe).
 
 Command: vigor train --config lab --reward_funcs vigor
 """
