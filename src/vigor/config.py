@@ -33,7 +33,7 @@ class VigorConfig(GRPOConfig):
             "choices": list(TRUNCATED),
         },
     )
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the argument parser takes None in first place only
         default="none", metadata={"help": "Trackers to mirror the metrics to: none, wandb, trackio, tensorboard …"}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
