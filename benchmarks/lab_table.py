@@ -110,12 +110,12 @@ def main() -> None:
     }
     environment = json.loads((done[0] / "environment.json").read_text())
     score = results[args.rewards[0]][0]["before"][TASKS[0]]
+    seeds = ", ".join(map(str, args.seeds))
     lines = [
         f"Made by `python {' '.join(sys.argv)}` on {environment['date'][:10]}: {environment['cpu_count']} CPU cores, "
         f"torch {environment['packages']['torch']}, one thread a run. Config `{args.config}`, {args.steps} steps, "
-        f"seeds {', '.join(map(str, args.seeds))}; {score['n_prompts']} test prompts a task, "
-        f"{score['n_samples']} samples each. Accuracy in percent, mean over seeds ± 95 % interval (Student's t over seeds). Trained on `lab:math` "
-        "only.",
+        f"seeds {seeds}; {score['n_prompts']} test prompts a task, {score['n_samples']} samples each. Accuracy in "
+        "percent, mean over seeds ± 95 % interval (Student's t over seeds). Trained on `lab:math` only.",
         "",
         "Sampled accuracy (temperature 1):",
         "",

@@ -30,6 +30,7 @@ _SIZE = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_SIZE, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
 _GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 _OPT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
@@ -50,6 +51,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "stablelm": lambda: hf.StableLmConfig(**_GROUPED),
     "granite": lambda: hf.GraniteConfig(**_GROUPED, logits_scaling=3.0, embedding_multiplier=2.0),
     "smollm3": lambda: hf.SmolLM3Config(**_GROUPED),
+    "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(**_GROUPED, **_EXPERTS, shared_expert_intermediate_size=24),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**_GROUPED, **_EXPERTS, head_dim=8),
+    "olmoe": lambda: hf.OlmoeConfig(**_GROUPED, num_experts=6, num_experts_per_tok=2),
     "gpt2-tied": lambda: hf.GPT2Config(**_GPT2),
     "gpt2-untied": lambda: hf.GPT2Config(**_GPT2, tie_word_embeddings=False),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**_SIZE),
@@ -65,6 +70,8 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
         model = hf.AutoModelForCausalLM.from_config(FAMILIES[name]())
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    if dtype == torch.float64:
+        model.config._experts_implementation = "eager"  # grouped products know no float64
     return model.to(dtype).train()
 
 
@@ -160,6 +167,20 @@ def test_token_logps_are_those_of_the_loop() -> None:
     _, batched = sequence_grad_norms(model, *batch(), method="batched", return_token_logps=True)
     _, loop = sequence_grad_norms(model, *batch(), method="loop", return_token_logps=True)
     torch.testing.assert_close(batched, loop, rtol=1e-6, atol=1e-7)
+
+
+def test_experts_run_as_before_after_the_pass() -> None:
+    model = build("mixtral", torch.float32)
+    before = model.config._experts_implementation
+    sequence_grad_norms(model, *batch(), method="batched")
+    assert model.config._experts_implementation == before != "eager"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_experts_in_micro_batches_and_checkpointed(micro_batch: int) -> None:
+    model = build("qwen3-moe")
+    enable_checkpointing(model, use_reentrant=False)
+    assert relative(*both(model, micro_batch=micro_batch)) < 1e-6
 
 
 def test_a_module_used_twice_counts_its_sum() -> None:
@@ -268,13 +289,8 @@ class Bilinear(Mixer):
         (TiedOutside(), UnsupportedModule, "embedding.weight is used outside the forward of the module that owns it"),
         (Mixer(), SelfCheckFailed, "mixes the sequences of a batch"),
         (Bilinear(), UnsupportedModule, "layer uses layer.weight in"),
-        (
-            hf.MixtralForCausalLM(hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
-            UnsupportedModule,
-            "mlp.experts uses model.layers.0.mlp.experts.gate_up_proj",
-        ),
     ],
-    ids=["tied-outside", "mixer", "bilinear", "mixtral"],
+    ids=["tied-outside", "mixer", "bilinear"],
 )
 def test_what_cannot_be_exact_is_refused_and_auto_falls_back(model: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message) as refused:

@@ -5,7 +5,8 @@ Needs torch and a causal language model that maps `(input_ids, attention_mask)` 
     api.py         sequence_grad_norms: which method, micro-batches, the self-check
     loop.py        the definition: one row, one forward, one backward
     batched.py     one forward and one backward for many rows, no parameter gradient
-    capture.py     how a model's operations are routed for that
+    route.py       how a model's operations are routed for that
+    capture.py     what the routed backward pass adds up
     squares.py     squared norms from a layer's inputs and output gradients
     parameters.py  what a norm covers
     mode.py        dropout off, gradient checkpointing kept

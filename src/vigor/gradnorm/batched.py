@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vigor.gradnorm.capture import Capture, captured
+from vigor.gradnorm.capture import Capture
+from vigor.gradnorm.route import captured
 from vigor.rollouts import Row
 
 
