@@ -112,6 +112,8 @@ def main() -> None:
     score = results[args.rewards[0]][0]["before"][TASKS[0]]
     seeds = ", ".join(map(str, args.seeds))
     lines = [
+        f"# Results: `{args.config}`",
+        "",
         f"Made by `python {' '.join(sys.argv)}` on {environment['date'][:10]}: {environment['cpu_count']} CPU cores, "
         f"torch {environment['packages']['torch']}, one thread a run. Config `{args.config}`, {args.steps} steps, "
         f"seeds {seeds}; {score['n_prompts']} test prompts a task, {score['n_samples']} samples each. Accuracy in "
@@ -138,6 +140,8 @@ def main() -> None:
             + " |"
             for reward, runs in results.items()
         ),
+        "",
+        f"![Curves]({args.out.with_suffix('.png').name})",
     ]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
     args.out.with_suffix(".json").write_text(json.dumps({"environment": environment, "results": results}, indent=1))

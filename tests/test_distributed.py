@@ -45,6 +45,7 @@ def work(folder: Path, rows: int) -> None:
         truncated="worst",
     )
     made.train()
+    made.accelerator.end_training()  # leaves the process group: without it, gloo may abort a process at its exit
 
 
 def train_late(argv: list[str]) -> NoReturn:

@@ -118,7 +118,7 @@ def test_sharded_parameters_are_refused_for_rewards_that_read_the_policy(tmp_pat
     made = trainer(tmp_path, ["format", "vigor"])
     made.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="'vigor' differentiates the policy, whose parameters are sharded"):
-        made._check_sharding()
+        made._check_policy_rewards()
 
 
 # Weight 0 ------------------------------------------------------------------------
@@ -191,11 +191,11 @@ def test_golden_advantages_for_groups_of_eight(tmp_path: Path) -> None:
 
 def test_identical_completions_get_identical_rewards_and_advantages(tmp_path: Path) -> None:
     a, b, c = [40, 41, EOS], [42, EOS], [43, 44, 45, EOS]
-    made = trainer(tmp_path, ["vigor", "self_certainty", "random"], completions=[a, b, a, c, a, a, a, b])
+    made = trainer(tmp_path, ["vigor", "self_certainty"], completions=[a, b, a, c, a, a, a, b])
     made.train()
     rows = table(tmp_path)
     for same in ([0, 2], [4, 5, 6]):
-        for name in ("vigor", "vigor/score", "self_certainty", "random", "advantage"):
+        for name in ("vigor", "vigor/score", "self_certainty", "advantage"):
             assert rows[name].iloc[same].nunique() == 1, name
     assert sorted(rows["vigor"].iloc[4:].round(6).unique()) == pytest.approx([-1.0, 1 / 3]) or sorted(
         rows["vigor"].iloc[4:].round(6).unique()
@@ -572,6 +572,41 @@ def test_several_updates_a_generation_keep_groups_whole(tmp_path: Path) -> None:
     rows = table(tmp_path, 1)
     assert len(rows) == 8
     assert rows["vigor"].groupby(rows.index // 4).mean().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_random_knows_nothing_of_the_text(tmp_path: Path) -> None:
+    """Identical completions get coins of their own: one coin for all of them would favour or punish a text."""
+    many = {"per_device_train_batch_size": 64, "data": dataset(PROMPTS * 4)}
+    made = trainer(tmp_path, "random", completions=[[40, EOS]] * 64, **many)
+    made.train()
+    assert 16 < table(tmp_path)["random"].sum() < 48
+
+
+def test_what_a_tool_wrote_is_not_scored(tmp_path: Path) -> None:
+    """TRL marks tokens of tools and environments with 0; they condition the policy's tokens and are not its own."""
+    prompt, completion, own = [12, 13, 14], [20, 21, 22, 23, EOS], [1, 1, 0, 0, 1]
+
+    def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        ids = [[*completion[:-1], EOS]] * len(prompts)
+        logprobs = [[0.0] * len(completion)] * len(prompts)
+        return {"prompt_ids": [prompt] * len(prompts), "completion_ids": ids, "logprobs": logprobs,
+                "env_mask": [own] * len(prompts)}  # fmt: skip
+
+    model = tiny_model()
+    made = trainer(tmp_path, "vigor", model=copy.deepcopy(model))
+    made.rollout_func = rollout
+    made.train()
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    logps = logits.log_softmax(-1)[torch.arange(5), torch.tensor(completion)]
+    loss = -(logps * torch.tensor(own)).sum() / 3
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    wanted = -math.sqrt(3 * sum(float(g.double().square().sum()) for g in gradients))
+    assert table(tmp_path)["vigor/score"].iloc[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_config_of_trl_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="takes a VigorConfig, got a GRPOConfig"):
+        VigorTrainer(tiny_model(), "vigor", GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 
 def test_random_tosses_anew_for_each_generation_of_a_step(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
 
 AnyReward = str | Reward | Callable[..., Any] | nn.Module
+_POLICY = {"grad_norm", "token_stats"}
+"""What a reward needs that reads the policy itself."""
 _TITLE = "Verifier-Free RL for LLMs via Intrinsic Gradient-Norm Reward"
 _CITATION = f"""\
 @article{{wen2026vigor,
@@ -51,8 +53,9 @@ class VigorTrainer(GRPOTrainer):
         **kwargs: the other arguments of `GRPOTrainer`.
 
     Raises:
-        ValueError: a reward's data set column is missing, two rewards share a name, or a reward needs the policy's
-            gradients while the parameters are sharded.
+        ValueError: a reward's data set column is missing, two rewards share a name, or a reward reads the policy while
+            its parameters are sharded or it is a vision-language model.
+        TypeError: `args` is not a `VigorConfig`.
     """
 
     _tag_names = ["trl", "grpo", "vigor"]
@@ -70,6 +73,8 @@ class VigorTrainer(GRPOTrainer):
         args: VigorConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if args is not None and not isinstance(args, VigorConfig):
+            raise TypeError(f"VigorTrainer takes a VigorConfig, got a {type(args).__name__}; it has the same fields.")
         listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self._rewards = {i: reward for i, r in enumerate(listed) if (reward := _ours(r)) is not None}
         bound = [self._bind(self._rewards[i]) if i in self._rewards else r for i, r in enumerate(listed)]
@@ -77,7 +82,7 @@ class VigorTrainer(GRPOTrainer):
         _check_columns(self._rewards.values(), kwargs.get("train_dataset"))
         super().__init__(model=model, reward_funcs=bound, args=args, **kwargs)
         self._check_names()
-        self._check_sharding()
+        self._check_policy_rewards()
         self._seconds = {"generation": 0.0, "reward": 0.0}
 
     # Rollouts ---------------------------------------------------------------------------------------------------------
@@ -99,6 +104,7 @@ class VigorTrainer(GRPOTrainer):
         started = time.perf_counter()
         output = super()._generate(prompts)
         self._prompt_ids: list[list[int]] = output[0]
+        self._tool_mask: list[list[int]] | None = output[2]
         self._seconds["generation"] += time.perf_counter() - started
         return output
 
@@ -116,7 +122,7 @@ class VigorTrainer(GRPOTrainer):
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
         )
-        # The decorated functions in self.reward_funcs read self._policy; TRL gathers what they return.
+        # The functions that _bind made read self._policy; TRL gathers what they return.
         gathered = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         shaped = self._shape(gathered, rollouts)
         del self._policy
@@ -153,6 +159,9 @@ class VigorTrainer(GRPOTrainer):
             micro_step=self._micro_step,
             first_row=self.accelerator.process_index * len(prompts),
         )
+        if self._tool_mask is not None:  # what a tool or an environment wrote is context, not the policy's
+            for mask_L, prompt, own in zip(rollouts.completion_mask_BL, self._prompt_ids, self._tool_mask, strict=True):
+                mask_L[len(prompt) : len(prompt) + len(own)] = torch.tensor(own, device=mask_L.device)
         if self.args.truncated == "mask":
             rollouts.completion_mask_BL[rollouts.truncated_B] = 0
         self._log_completion_extra("length", [len(ids) for ids in completion_ids])
@@ -177,7 +186,9 @@ class VigorTrainer(GRPOTrainer):
                 local = scores[rollouts.first_row : rollouts.first_row + len(rollouts), i]
                 self._log_completion_extra(f"{reward.name}/score", local.tolist())
                 self._log_metric(f"scores/{reward.name}", local.nanmean().item())
-            column = shaping.share_between_identical(shaped[:, i].view(group), keys.view(group))
+            column = shaped[:, i].view(group)
+            if reward.needs & _POLICY:
+                column = shaping.share_between_identical(column, keys.view(group))
             shaped[:, i] = reward.shape(column).flatten()
         # TRL counts a row as scored as soon as any reward has an opinion; one of weight 0 must not decide that.
         shaped[shaped[:, weighted].isnan().all(dim=1)] = torch.nan
@@ -236,14 +247,18 @@ class VigorTrainer(GRPOTrainer):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"reward_funcs holds {', '.join(repeated)} more than once; their logs would overwrite.")
 
-    def _check_sharding(self) -> None:
-        policy_rewards = [r.name for r in self._rewards.values() if r.needs & {"grad_norm", "token_stats"}]
+    def _check_policy_rewards(self) -> None:
+        names = [reward.name for reward in self._rewards.values() if reward.needs & _POLICY]
         sharded = self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
-        if policy_rewards and sharded:
+        if names and self._is_vlm:
             raise ValueError(
-                f"reward {policy_rewards[0]!r} differentiates the policy, whose parameters are sharded (FSDP or "
+                f"reward {names[0]!r} scores text; the policy is a vision-language model, and images would be lost."
+            )
+        if names and sharded:
+            raise ValueError(
+                f"reward {names[0]!r} differentiates the policy, whose parameters are sharded (FSDP or "
                 "ZeRO-3): this release would get the norms of shards. Use DDP or ZeRO-1/2."
             )
 
@@ -270,7 +285,7 @@ def _check_columns(ours: Any, dataset: Any) -> None:
 
 def _refuse_nonfinite(reward: Reward, scores: Tensor, rollouts: Rollouts, step: int) -> None:
     bad = scores.isinf()
-    if reward.needs & {"grad_norm", "token_stats"}:
+    if reward.needs & _POLICY:
         bad |= scores.isnan() & (rollouts.lengths_B > 0)
     if bad.any():
         row = int(bad.nonzero()[0])

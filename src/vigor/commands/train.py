@@ -102,7 +102,13 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
     from vigor.data import load_prompts
     from vigor.runfolder import RunFolder
 
-    parser = TrlParser((TrainArguments, VigorConfig, ModelConfig), prog="vigor train")
+    parser = TrlParser(
+        (TrainArguments, VigorConfig, ModelConfig),
+        prog="vigor train",
+        usage="vigor train [--config NAME|FILE] [--any_setting value …]",
+        description="--config takes a YAML file of the settings below or the name of a recipe (see `vigor recipes`); "
+        "flags override it. First ours, then those of TRL's GRPOConfig, then the model's.",
+    )
     env = config.get("env", {})
     if unknown := parser.set_defaults_with_config(**_listed(config, parser)):
         raise ValueError(f"--config: unknown settings {', '.join(u[2:] for u in unknown[::2])}.")
@@ -217,6 +223,7 @@ def run(job: Job) -> None:
         write_report(folder)
         print_results(folder)
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # leaves the process group: without it, gloo may abort a process at its exit
 
 
 def _lab_scores(job: Job, trainer: Any, when: str) -> dict[str, Any]:
@@ -331,9 +338,15 @@ def _model_path(name: str) -> str:
 def _tokenizer(model: str, model_args: ModelConfig, args: VigorConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model_name_or_path {model}: no tokenizer can be loaded from there. Give a folder that holds model and "
+            f"tokenizer, or a hub name, with the network at hand. ({str(error).splitlines()[0]})"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
