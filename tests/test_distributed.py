@@ -45,7 +45,6 @@ def work(folder: Path, rows: int) -> None:
         truncated="worst",
     )
     made.train()
-    made.accelerator.end_training()  # leaves the process group: without it, gloo may abort a process at its exit
 
 
 def train_late(argv: list[str]) -> NoReturn:
@@ -64,7 +63,7 @@ def train_late(argv: list[str]) -> NoReturn:
 def torchrun(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*command, *argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    return subprocess.run([*command, *argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +144,4 @@ if __name__ == "__main__":
         train_late(sys.argv[1:])
     for rows in sys.argv[3:]:
         work(Path(sys.argv[2]) / rows, int(rows))
+    torch.distributed.destroy_process_group()  # without it, gloo may abort a process at its exit
