@@ -8,7 +8,7 @@ ZJUSCL/VIGOR@52eee72 `src/open_r1/intuitor_trainer.py` l.994-1110 (norm), l.1490
 
 Departures from the paper:
  1. None in the formula.
-Departures from the official code (each can be switched back):
+Departures from the official code (a setting in brackets switches one back):
  1. Squares are summed in float32/float64, not in the gradients' bfloat16, which rounds norms by 1-6 %
     (`accumulation="gradient_dtype"`).
  2. Equal scores share their mean rank; there the earlier row loses (`ties="index"`).
