@@ -5,8 +5,8 @@
 
 For each shape (width x vocabulary x rows x tokens; Qwen2 architecture, 8 layers, tied embeddings, random weights) the
 candidates take turns, and what counts is the ratio to a plain forward and backward *of the same round*; machines are
-noisy. Peak memory is measured in a process of its own for each candidate. CPU time is used, and glibc is told to keep
-freed memory (as a caching allocator does): otherwise page faults slow the plain pass by up to 1.4 times and flatter the
+noisy. Peak memory (Linux only) is measured in a process of its own. CPU time is used, and glibc is told to keep freed
+memory (as a caching allocator does): otherwise page faults slow the plain pass by up to 1.4 times and flatter the
 others.
 
     train        forward and backward of the batch, giving ordinary gradients: what the ratios refer to
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -113,9 +112,16 @@ def peak(shape: str, density: float, name: str) -> float:
 
 def print_peak(shape: str, density: float, name: str) -> None:
     made = candidates(shape, density)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is in use
+    before = resident("VmRSS")
     made[name]()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """MB, from Linux's account of this process; getrusage would report the parent's peak as the child's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def time_shape(shape: str, density: float, rounds: int) -> dict[str, dict[str, float]]:
