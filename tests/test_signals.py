@@ -217,11 +217,12 @@ def test_the_pass_computes_each_quantity_once_and_only_on_use() -> None:
         assert policy.token_stats() is policy.token_stats()
         assert len(shapes) == 1
         assert policy.grad_norms() is policy.grad_norms("trainable", temperature=1.0)
-        assert len(shapes) == 1 + len(SAMPLES)
+        assert shapes[1:] == [(5, 8), (1, 6)]  # one batched pass, and its self-check on the shortest row
         policy.grad_norms("head")
         policy.grad_norms(temperature=0.5)
+        assert shapes[3:] == [(5, 8), (1, 6), (5, 8)]
         policy.grad_norms(accumulation="gradient_dtype")
-        assert len(shapes) == 1 + 4 * len(SAMPLES)
+        assert len(shapes) == 6 + len(SAMPLES)  # whole gradients take the loop
 
 
 def test_the_pass_is_at_the_temperature_of_the_policy() -> None:

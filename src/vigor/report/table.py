@@ -82,7 +82,7 @@ def print_results(folder: RunFolder) -> None:
             )
         console.print(table)
         prompts = yaml.safe_load((folder.path / "config.yaml").read_text("utf-8"))["prompts"]
-        console.print(f"Trained on {prompts}; the other tasks were never trained on.", highlight=False)
+        console.print(f"Trained on {prompts}; the other tasks had no part in this training.", highlight=False)
     console.print(f"Run folder: {folder.path}  (report.html, curves.png, model/, metrics.jsonl)", highlight=False)
 
 
