@@ -61,7 +61,8 @@ def candidates(shape: str, density: float) -> dict[str, Callable[[], object]]:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.randint(3, vocabulary, (rows, tokens))
-    lengths = torch.linspace(max(8, tokens * (2 * density - 1)), tokens, rows).round().long()
+    spread = torch.linspace(0, 1, rows) ** (1 / density - 1) if density < 1 else torch.ones(rows)
+    lengths = (8 + (tokens - 8) * spread).round().long()  # their mean is about density x tokens
     attention = (torch.arange(tokens) < lengths[:, None]).long()
     completion = attention.clone()
     completion[:, :4] = 0

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, sequence_grad_norms
+from vigor.gradnorm.api import _micro_batches
 from vigor.gradnorm.squares import GramCache, cross_product, linear_square, rows_square
 
 VOCABULARY = 41
@@ -373,6 +374,18 @@ def test_a_float32_sum_over_a_large_matrix_keeps_its_digits() -> None:
     a, g = torch.full((1, 600, 3000), 0.1), torch.full((1, 600, 4000), 0.1)
     wanted = (600 * 0.01) ** 2 * 3000 * 4000
     assert linear_square(a, g, GramCache()).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_micro_batches_hold_rows_of_like_length_within_the_bounds() -> None:
+    lengths = [10] * 40 + [700, 710, 4000, 4100, 9000, 9100]
+    batches = _micro_batches(list(range(len(lengths))), lambda b: lengths[b], None, vocabulary=1000)
+    assert [b for batch in batches for b in batch] == list(range(len(lengths)))
+    assert [[lengths[b] for b in batch] for batch in batches[1:]] == [[700, 710], [4000, 4100], [9000], [9100]]
+    mixed = [100, 300, 500, 1000, 1100, 2000]  # a few tokens may be padded; then longer rows wait
+    batches = _micro_batches(list(range(6)), lambda b: mixed[b], None, vocabulary=1000)
+    assert [[mixed[b] for b in batch] for batch in batches] == [[100, 300], [500], [1000, 1100], [2000]]
+    assert [len(b) for b in _micro_batches([0, 1, 2, 3, 4], lambda b: 9, 2, vocabulary=7)] == [2, 2, 1]
+    assert [len(b) for b in _micro_batches([0, 1, 2], lambda b: 1000, None, vocabulary=150_000)] == [1, 1, 1]
 
 
 def test_sides_of_padding_change_nothing() -> None:

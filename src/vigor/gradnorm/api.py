@@ -23,6 +23,8 @@ Method = Literal["auto", "batched", "loop"]
 TOKENS = 16_384
 LOGITS = 1 << 28
 """Most tokens, and most logits (tokens x vocabulary), of a micro-batch chosen by the library."""
+ENOUGH, PADDING = 256, 0.15
+"""Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
 
 class SelfCheckFailed(RuntimeError):
@@ -61,8 +63,8 @@ def sequence_grad_norms(
             embeddings (tied too), norms, biases and adapters made of them; anything else is refused by name. "auto"
             is "batched" where that is possible and "loop", with one warning, where it is not.
         temperature: divides the logits; the temperature of sampling, so that reward and policy are one distribution.
-        micro_batch: rows of one batched pass; None takes as many as fit 16,384 tokens and 2^28 logits. The loop takes
-            one row at a time whatever this says.
+        micro_batch: rows of one batched pass; None takes rows of like length, as many as fit 16,384 tokens and 2^28
+            logits. The loop takes one row at a time whatever this says.
         accumulation: "float32" squares in float32 and sums in float64; "gradient_dtype" squares, sums and takes the
             root in the gradient's own dtype, as the official code does (bfloat16 rounds 1-6 % away; loop only).
         self_check: on the first batched pass over a model with these parameters and dtype, compare one row with the
@@ -196,14 +198,21 @@ class _Engine:
 def _micro_batches(
     order: list[int], length: Callable[[int], int], micro_batch: int | None, vocabulary: int
 ) -> list[list[int]]:
-    """Consecutive runs of `order` (ascending length) that keep to the micro-batch or to the memory bounds."""
+    """Consecutive runs of `order` (ascending length) that keep to the micro-batch, or to the bounds above."""
     batches: list[list[int]] = []
+    real = 0
     for b in order:
         rows = len(batches[-1]) + 1 if batches else 1
         tokens = rows * length(b)  # b is the longest so far, and all are padded to it
-        fits = rows <= micro_batch if micro_batch is not None else tokens <= min(TOKENS, LOGITS // vocabulary)
+        if micro_batch is not None:
+            fits = rows <= micro_batch
+        else:
+            wasteful = real >= ENOUGH and tokens - real - length(b) > PADDING * tokens
+            fits = tokens <= min(TOKENS, LOGITS // vocabulary) and not wasteful
         if batches and fits:
             batches[-1].append(b)
+            real += length(b)
         else:
             batches.append([b])
+            real = length(b)
     return batches
