@@ -20,6 +20,7 @@ import torch
 from helpers_trainer import save_tiny, table, trainer, write_jsonl
 
 from vigor.cli import main
+from vigor.commands.train import leave_process_group
 from vigor.runfolder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -144,4 +145,4 @@ if __name__ == "__main__":
         train_late(sys.argv[1:])
     for rows in sys.argv[3:]:
         work(Path(sys.argv[2]) / rows, int(rows))
-    torch.distributed.destroy_process_group()  # without it, gloo may abort a process at its exit
+    leave_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -61,6 +62,7 @@ def train(argv: Sequence[str]) -> int:
         print(plan(job))
         return 0
     run(job)
+    leave_process_group()
     return 0
 
 
@@ -223,7 +225,18 @@ def run(job: Job) -> None:
         write_report(folder)
         print_results(folder)
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # leaves the process group: without it, gloo may abort a process at its exit
+
+
+def leave_process_group() -> None:
+    """Ends the communication between processes while Python still runs.
+
+    Left to the interpreter's exit, gloo's threads may abort the process after all its work is done. What still refers
+    to the group (the wrapped model, in cycles with its trainer) must be gone before.
+    """
+    from accelerate import PartialState
+
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def _lab_scores(job: Job, trainer: Any, when: str) -> dict[str, Any]:
