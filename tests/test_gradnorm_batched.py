@@ -297,6 +297,8 @@ def test_what_cannot_be_exact_is_refused_and_auto_falls_back(model: Any, error: 
     with pytest.raises(error, match=message) as refused:
         sequence_grad_norms(model, *batch(), method="batched")
     assert "method='loop'" in str(refused.value)
+    with pytest.raises(error, match=message):  # as long as it is asked for
+        sequence_grad_norms(model, *batch(), method="batched")
     again = copy.deepcopy(model)
     with pytest.warns(UserWarning, match="Falling back to the loop"):
         norms = sequence_grad_norms(again, *batch())
