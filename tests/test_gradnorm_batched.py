@@ -326,6 +326,15 @@ def test_the_self_check_runs_once_a_model_and_choice() -> None:
     assert shapes[3:] == [(5, 22), (1, 13)]
 
 
+def test_a_row_alone_does_not_settle_the_self_check() -> None:
+    """Alone in its batch it cannot show that the model lets sequences see each other."""
+    model = Mixer()
+    one_row = [x[:1] for x in batch()]
+    sequence_grad_norms(model, *one_row, method="batched")
+    with pytest.raises(SelfCheckFailed):
+        sequence_grad_norms(model, *batch(), method="batched")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
