@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -131,13 +132,23 @@ class PolicyPass:
     """
 
     def __init__(
-        self, model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0, micro_batch: int = 16
+        self,
+        model: nn.Module,
+        rollouts: Rollouts,
+        *,
+        temperature: float = 1.0,
+        micro_batch: int = 16,
+        tokenizer: Any = None,
     ) -> None:
-        """`temperature` is that of sampling and of the loss; `micro_batch` is the rows of one forward pass."""
+        """`temperature` is that of sampling and of the loss; `micro_batch` is the rows of one forward pass.
+
+        `tokenizer` (a transformers tokenizer) is for rewards that put text of their own before the policy.
+        """
         self.model = model
         self.rollouts = rollouts
         self.temperature = temperature
         self.micro_batch = micro_batch
+        self.tokenizer = tokenizer
         self._token_stats: TokenStats | None = None
         self._grad_norms: dict[tuple[object, ...], Tensor] = {}
 

@@ -121,6 +121,7 @@ class VigorTrainer(GRPOTrainer):
             rollouts,
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
+            tokenizer=self._tokenizer,
         )
         # The functions that _bind made read self._policy; TRL gathers what they return.
         gathered = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
