@@ -2,19 +2,34 @@
 
 Needs torch and a causal language model that maps `(input_ids, attention_mask)` to an output with `.logits`.
 
-    api.py         sequence_grad_norms: which method, micro-batches, the self-check
+    api.py         sequence_grad_norms: the entry point
+    fused.py       fused_grad_norms: the norms, and the update from the same pass
+    engine.py      which method runs on which rows, the self-check, falling back
     loop.py        the definition: one row, one forward, one backward
     batched.py     one forward and one backward for many rows, no parameter gradient
+    head.py        the output head by itself: logits of counted positions, a few rows at a time
     route.py       how a model's operations are routed for that
-    capture.py     what the routed backward pass adds up
-    squares.py     squared norms from a layer's inputs and output gradients
+    capture.py     what a routed backward pass brings
+    norms.py       squared norms of matrices: exact, or estimated by a sketch
+    squares.py     the arithmetic of the exact ones
+    kept.py        what the update needs of the pass
     parameters.py  what a norm covers
     mode.py        dropout off, gradient checkpointing kept
 """
 
-from vigor.gradnorm.api import SelfCheckFailed, sequence_grad_norms
+from vigor.gradnorm.api import sequence_grad_norms
 from vigor.gradnorm.capture import UnsupportedModule
+from vigor.gradnorm.engine import SelfCheckFailed
+from vigor.gradnorm.fused import FusedNorms, fused_grad_norms
 from vigor.gradnorm.mode import scoring_mode
 from vigor.gradnorm.parameters import select_parameters
 
-__all__ = ["SelfCheckFailed", "UnsupportedModule", "scoring_mode", "select_parameters", "sequence_grad_norms"]
+__all__ = [
+    "FusedNorms",
+    "SelfCheckFailed",
+    "UnsupportedModule",
+    "fused_grad_norms",
+    "scoring_mode",
+    "select_parameters",
+    "sequence_grad_norms",
+]

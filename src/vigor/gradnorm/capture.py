@@ -1,17 +1,22 @@
-"""Capture: what a routed backward pass adds up: each sequence's squared gradient norm.
+"""Capture: what a routed backward pass brings, counted and handed on.
 
-Matrices bring their inputs and output gradients, settled at once or, where a matrix is used several times, when its
-last use has arrived; vectors bring their gradient itself, once a sequence.
+The first backward pass brings each matrix's inputs and output gradients, and each vector's gradient once a sequence:
+they become squared norms (norms.py), and may be kept for the update (kept.py). A second one, if there is one, brings
+the same again, weighted, and what comes of it is the parameters' gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from vigor.gradnorm.squares import GramCache, cross_product, linear_square, rows_square
+from vigor.gradnorm.kept import Gradients, Kept
+from vigor.gradnorm.norms import Norms
+from vigor.gradnorm.squares import widest
 
 Matrix = int | tuple[int, int]
 """A matrix: a parameter's id, or that and the index of an expert in it."""
@@ -22,33 +27,69 @@ class UnsupportedModule(ValueError):
 
 
 @dataclass
-class _Uses:
-    """What has been seen of one matrix: how often forward used it, and what backward brought so far."""
+class Uses:
+    """How often forward used one matrix, and what backward brought of it so far."""
 
     name: str
     expected: int = 0
-    ids: list[Tensor] = field(default_factory=list)
-    linear: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    selected: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     arrived: int = 0
+    ids: list[Tensor] = field(default_factory=list)
+    """(B, L) of each use as an embedding."""
+    linear: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Inputs and output gradients of linear uses, where there are several."""
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Ids and output gradients of embedding uses."""
+    selected: list[tuple[slice, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Where a matrix is both: rows, an embedding use's ids, the linear use's output gradients there, its inputs."""
 
 
 class Capture:
-    """Accumulates squared gradient norms of B sequences of one right-padded batch."""
+    """Takes the squared gradient norms of the B sequences of one right-padded batch, and their weighted gradient.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], *, batch: int, length: int, device: torch.device) -> None:
+    Args:
+        parameters: what the norm covers, by name.
+        batch: B.
+        length: tokens of the padded batch.
+        device: the model's.
+        norms: how matrices' squared norms are taken.
+        keep: keep what the weighted gradient Σ_b w_b ∇_b will need.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        batch: int,
+        length: int,
+        device: torch.device,
+        norms: Norms,
+        keep: bool = False,
+    ) -> None:
         self.parameters = parameters
         self.names = {id(p): name for name, p in parameters.items()}
-        self.batch, self.length = batch, length
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.squares_B = torch.zeros(batch, dtype=dtype, device=device)
+        self.batch, self.length, self.rows = batch, length, slice(0, batch)
+        self.squares_B = torch.zeros(batch, dtype=widest(device), device=device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.copies: dict[tuple[int, int], Tensor] = {}
         self.vectors: dict[int, Tensor] = {}
-        self.matrices: dict[Matrix, _Uses] = {}
-        self.cache = GramCache()
-        self.in_backward = False
+        self.matrices: dict[Matrix, Uses] = {}
+        self.norms = norms
+        self.kept = Kept() if keep else None
+        self.gradients: Gradients | None = None
+        """Set for the second backward pass."""
+        self.in_backward, self.in_head, self.paused = False, False, False
+
+    @contextmanager
+    def head(self, rows: slice, length: int) -> Iterator[None]:
+        """Inside, what comes is of these rows and `length` tokens each: one part of the output head's work."""
+        before = self.batch, self.length, self.rows, self.copies, self.in_backward
+        self.batch, self.length, self.rows, self.copies = rows.stop - rows.start, length, rows, {}
+        self.in_head, self.in_backward = True, False
+        try:
+            yield
+        finally:
+            self.batch, self.length, self.rows, self.copies, self.in_backward = before
+            self.in_head = False
 
     # Vectors ----------------------------------------------------------------------------------------------------------
 
@@ -64,36 +105,58 @@ class Capture:
         return copy.expand(-1, self.length, -1).flatten(0, 1) if flat else copy
 
     def add_vector(self, parameter: int, gradient_Bd: Tensor) -> None:
-        gradient_Bd = gradient_Bd.to(torch.promote_types(gradient_Bd.dtype, torch.float32))
-        self.vectors[parameter] = self.vectors[parameter] + gradient_Bd if parameter in self.vectors else gradient_Bd
+        """A vector's gradient, once a sequence; uses add up."""
+        if self.gradients is not None:
+            self.gradients.add(parameter, gradient_Bd.sum(0))
+            return
+        if parameter not in self.vectors:
+            dtype = torch.promote_types(gradient_Bd.dtype, torch.float32)
+            self.vectors[parameter] = gradient_Bd.new_zeros(len(self.squares_B), gradient_Bd.shape[1], dtype=dtype)
+        self.vectors[parameter][self.rows] += gradient_Bd
 
     # Matrices ---------------------------------------------------------------------------------------------------------
 
-    def uses(self, matrix: Matrix) -> _Uses:
+    def uses(self, matrix: Matrix) -> Uses:
         """The record of a matrix: of a parameter by its id, of one expert's slice by (id, expert)."""
         parameter = matrix if isinstance(matrix, int) else matrix[0]
-        return self.matrices.setdefault(matrix, _Uses(self.names[parameter]))
+        return self.matrices.setdefault(matrix, Uses(self.names[parameter]))
 
-    def add_linear(self, parameter: Matrix, a_BTp: Tensor, g_BTq: Tensor) -> None:
-        """A linear use's inputs and output gradients; settled at once unless the matrix has another linear use."""
+    def add_linear(self, parameter: int, a_BTp: Tensor, g_BTq: Tensor, *, transposed: bool = False) -> None:
+        """A linear use's inputs and output gradients; `transposed` where the parameter is (p, q)."""
+        if self.gradients is not None:
+            self.gradients.add_linear(parameter, a_BTp, g_BTq, transposed=transposed)
+            return
         uses = self.uses(parameter)
-        embedded = len(uses.ids)
-        if uses.expected - embedded > 1:
+        several = uses.expected - len(uses.ids) > 1
+        if self.in_head and uses.expected - uses.arrived > 1 + len(uses.ids):
+            raise UnsupportedModule(
+                f"batched gradient norm: {uses.name} is a linear map in the output head and elsewhere. Use "
+                "method='loop'."
+            )
+        each_Bqp = None
+        if self.kept is not None:
+            each_Bqp = self.kept.add_linear(parameter, self.rows, a_BTp, g_BTq, transposed=transposed)
+        if several and not self.in_head:
             uses.linear.append((a_BTp, g_BTq))
         else:
-            self.squares_B += linear_square(a_BTp, g_BTq, self.cache)
-        for ids in uses.ids:
-            index = ids[:, None, :].expand(-1, g_BTq.shape[1], -1)
-            uses.selected.append((g_BTq.gather(-1, index), a_BTp))
+            self.norms.linear(self.squares_B, uses, self.rows, a_BTp, g_BTq, each_Bqp)
+        self.norms.select(uses, self.rows, a_BTp, g_BTq)
         self._arrive(uses)
 
     def add_expert(self, matrix: Matrix, a_Np: Tensor, g_Nq: Tensor, sequence_N: Tensor) -> None:
         """An expert's inputs and output gradients, its N tokens from any of the sequences in any order."""
+        assert not isinstance(matrix, int)
+        if self.gradients is not None:
+            self.gradients.add_expert(*matrix, self.parameters[self.names[matrix[0]]], a_Np, g_Nq)
+            return
+        if self.kept is not None:
+            self.kept.add_expert(*matrix, a_Np, g_Nq, sequence_N)
         order = sequence_N.argsort(stable=True)
         counts_B = sequence_N.bincount(minlength=self.batch)
         a, g = (self._by_sequence(x[order], sequence_N[order], counts_B) for x in (a_Np, g_Nq))
-        self.squares_B += linear_square(a, g, self.cache)
-        self._arrive(self.uses(matrix))
+        uses = self.uses(matrix)
+        self.norms.linear(self.squares_B, uses, self.rows, a, g, None)
+        self._arrive(uses)
 
     def _by_sequence(self, x_Nd: Tensor, sequence_N: Tensor, counts_B: Tensor) -> Tensor:
         """(B, n, d): rows sorted by sequence, padded with zeros to the largest count."""
@@ -105,54 +168,62 @@ class Capture:
 
     def add_rows(self, parameter: int, ids_BT: Tensor, d_BTp: Tensor) -> None:
         """An embedding's ids and output gradients."""
+        if self.gradients is not None:
+            self.gradients.add_rows(parameter, self.parameters[self.names[parameter]], ids_BT, d_BTp)
+            return
         uses = self.uses(parameter)
+        if self.kept is not None:
+            self.kept.add_rows(parameter, ids_BT, d_BTp)
         uses.rows.append((ids_BT, d_BTp))
         self._arrive(uses)
 
-    def _arrive(self, uses: _Uses) -> None:
+    def _arrive(self, uses: Uses) -> None:
         uses.arrived += 1
-        if uses.arrived < uses.expected:
-            return
-        if uses.linear:
-            a, g = (torch.cat(parts, dim=1) for parts in zip(*uses.linear, strict=True))
-            self.squares_B += linear_square(a, g, self.cache)
-        if uses.rows:
-            ids, d = (torch.cat(parts, dim=1) for parts in zip(*uses.rows, strict=True))
-            self.squares_B += rows_square(ids, d)
-            if uses.selected:
-                # selected was gathered per embedding use, in the order of uses.ids; rows arrive in reverse.
-                for i, (selected, a) in enumerate(uses.selected):
-                    row_ids = uses.ids[i % len(uses.ids)]
-                    _, d_i = next(r for r in uses.rows if r[0] is row_ids)
-                    self.squares_B += 2 * cross_product(selected, a, d_i)
-        for parts in (uses.linear, uses.selected, uses.rows):
-            parts.clear()
+        if uses.arrived == uses.expected:
+            self.norms.settle(self.squares_B, uses)
+            for parts in (uses.linear, uses.rows, uses.selected):
+                parts.clear()
 
     # The pass ---------------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor) -> Tensor:
-        """Runs the backward pass of Σ_b loss_b; returns the squared norms (B,)."""
-        self.in_backward = True
+    def backward(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        inputs: Sequence[Tensor] = (),
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """Runs a backward pass through captured modules; returns the gradients of `inputs`."""
+        before, self.in_backward = self.in_backward, True
         keys = list(self.copies)
-        inputs = [self.anchor, *self.copies.values(), *self.parameters.values()]
-        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)[1:]
-        self.cache.clear()
+        wanted = [*inputs, self.anchor, *self.copies.values(), *self.parameters.values()]
+        found = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, retain_graph=retain_graph)
+        self.in_backward = before
+        n = len(inputs)
         # A captured use leaves the parameter itself out of the graph; it has a gradient if something else used it.
-        for (name, _), gradient in zip(self.parameters.items(), gradients[len(keys) :], strict=True):
+        for (name, _), gradient in zip(self.parameters.items(), found[n + 1 + len(keys) :], strict=True):
             if gradient is not None:
                 raise UnsupportedModule(
                     f"batched gradient norm: {name} is used outside the forward of the module that owns it. Use "
                     "method='loop'."
                 )
-        for (parameter, _), gradient in zip(keys, gradients[: len(keys)], strict=True):
+        for (parameter, _), gradient in zip(keys, found[n + 1 : n + 1 + len(keys)], strict=True):
             if gradient is not None:
                 self.add_vector(parameter, gradient.flatten(1))
-        for gradient in self.vectors.values():
-            self.squares_B += gradient.to(self.squares_B.dtype).square().sum(-1)
+        return found[:n]
+
+    def finish(self) -> Tensor:
+        """The squared norms (B,), once every backward pass of the first kind has run."""
+        self.norms.cache.clear()
+        for gradient_Bd in self.vectors.values():
+            self.squares_B += gradient_Bd.to(self.squares_B.dtype).square().sum(-1)
         for uses in self.matrices.values():
             if uses.arrived not in (0, uses.expected):
                 raise UnsupportedModule(
                     f"batched gradient norm: {uses.name} was used {uses.expected} times, but only {uses.arrived} uses "
                     "reached the loss. Use method='loop'."
                 )
+        if self.kept is None:
+            self.vectors.clear()
         return self.squares_B

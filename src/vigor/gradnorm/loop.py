@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,18 +15,44 @@ Accumulation = Literal["float32", "gradient_dtype"]
 
 
 def loop_row(
-    model: nn.Module, row: Row, parameters: list[nn.Parameter], *, temperature: float, accumulation: Accumulation
+    model: nn.Module,
+    row: Row,
+    parameters: list[nn.Parameter],
+    *,
+    temperature: float,
+    accumulation: Accumulation,
+    on_logits: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    index: int = 0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " T"]]:
     """Gradient norm and the log-probabilities (T,) of the counted tokens of one row, float32 or wider."""
-    output = model(input_ids=row.ids_L[None], attention_mask=torch.ones_like(row.ids_L)[None], use_cache=False)
-    counted = row.completion_L[1:]
-    logits_TV = output.logits[0, :-1][counted].to(torch.promote_types(output.logits.dtype, torch.float32))
-    logps_T = (logits_TV / temperature).log_softmax(-1).gather(-1, row.ids_L[1:][counted][:, None]).squeeze(-1)
-    grads = torch.autograd.grad(-logps_T.mean(), parameters, allow_unused=True)
-    used = [g for g in grads if g is not None]
+    z_TV, logps_T = _logps(model, row, temperature)
+    if on_logits is not None:
+        at_T = row.completion_L.nonzero().squeeze(1)
+        on_logits(torch.full_like(at_T, index), at_T, z_TV.detach(), row.ids_L[at_T])
+    del z_TV
+    used = [g for g in _gradients(logps_T, parameters) if g is not None]
     # None where the row does not depend on a parameter, such as an expert that it was not routed to.
     norm = gradient_norm(used, accumulation) if used else logps_T.new_zeros(())
     return norm, logps_T.detach()
+
+
+def loop_gradients(
+    model: nn.Module, row: Row, parameters: list[nn.Parameter], *, temperature: float
+) -> list[Tensor | None]:
+    """∇ NLL of one row, a parameter at a time; None where the row does not depend on it."""
+    return _gradients(_logps(model, row, temperature)[1], parameters)
+
+
+def _logps(model: nn.Module, row: Row, temperature: float) -> tuple[Float[Tensor, "T V"], Float[Tensor, " T"]]:
+    """Logits / temperature and log-probabilities of the counted tokens."""
+    output = model(input_ids=row.ids_L[None], attention_mask=torch.ones_like(row.ids_L)[None], use_cache=False)
+    counted = row.completion_L[1:]
+    z_TV = output.logits[0, :-1][counted].to(torch.promote_types(output.logits.dtype, torch.float32)) / temperature
+    return z_TV, z_TV.log_softmax(-1).gather(-1, row.ids_L[1:][counted][:, None]).squeeze(-1)
+
+
+def _gradients(logps_T: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(-logps_T.mean(), parameters, allow_unused=True))
 
 
 def gradient_norm(grads: list[Tensor], accumulation: Accumulation) -> Float[Tensor, ""]:

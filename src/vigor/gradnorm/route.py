@@ -196,7 +196,8 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             by_sequence = g.reshape(*ctx.shape, g.shape[-1])
             if ctx.tracked is not None:
-                ctx.capture.add_linear(ctx.tracked, x.reshape(*ctx.shape, x.shape[-1]), by_sequence)
+                inputs = x.reshape(*ctx.shape, x.shape[-1])
+                ctx.capture.add_linear(ctx.tracked, inputs, by_sequence, transposed=ctx.transposed)
             if ctx.tracked_bias is not None:
                 wide = torch.promote_types(g.dtype, torch.float32)
                 ctx.capture.add_vector(ctx.tracked_bias, by_sequence.sum(1, dtype=wide))
@@ -286,6 +287,8 @@ def captured(model: nn.Module, capture: Capture) -> Iterator[None]:
 def _routed(
     capture: Capture, name: str, owned: frozenset[int], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
+    if capture.paused:
+        return forward(*args, **kwargs)
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     shape = tensors[0].shape if tensors and tensors[0].ndim else torch.Size([0])
     with _Route(capture, name, owned, shape):

@@ -39,7 +39,7 @@ class GramCache:
             and last.dtype == a_BTp.dtype
         )
         if not same:
-            self.input, self.strips = a_BTp, _strips(_wide(a_BTp))
+            self.input, self.strips = a_BTp, _strips(wide(a_BTp))
         return self.strips
 
     def clear(self) -> None:
@@ -54,15 +54,15 @@ def linear_square(
     T, p, q = a_BTp.shape[1], a_BTp.shape[2], g_BTq.shape[2]
     n = _strip_count(T)
     if (n + 1) / n * T * (p + q) <= 2 * p * q:
-        return _inner(cache.of(a_BTp), _strips(_wide(g_BTq)))
-    return _direct(_wide(a_BTp), _wide(g_BTq))
+        return _inner(cache.of(a_BTp), _strips(wide(g_BTq)))
+    return _direct(wide(a_BTp), wide(g_BTq))
 
 
 def rows_square(ids_BT: Int[Tensor, "B T"], d_BTp: Float[Tensor, "B T p"]) -> Float[Tensor, " B"]:
     """‖E_b‖²_F for the gradient of an embedding: row v of E_b is the sum of D_t over the positions t that hold id v."""
-    d = _wide(d_BTp)
+    d = wide(d_BTp)
     same = ids_BT[:, :, None] == ids_BT[:, None, :]
-    return _double((torch.bmm(d, d.mT) * same).sum(-1)).sum(-1)
+    return double((torch.bmm(d, d.mT) * same).sum(-1)).sum(-1)
 
 
 def cross_product(
@@ -72,8 +72,8 @@ def cross_product(
 
     g_selected holds G[s, id_t]: of the output gradients only the columns at the sequence's own input ids.
     """
-    a, d = _wide(a_BSp), _wide(d_BTp)
-    return _double((torch.bmm(a, d.mT) * _wide(g_selected_BST)).sum(-1)).sum(-1)
+    a, d = wide(a_BSp), wide(d_BTp)
+    return double((torch.bmm(a, d.mT) * wide(g_selected_BST)).sum(-1)).sum(-1)
 
 
 def _strip_count(T: int) -> int:
@@ -95,9 +95,9 @@ def _inner(left: list[Tensor], right: list[Tensor]) -> Tensor:
         rows, columns = x.shape[1], x.shape[2]
         product = x * y
         # What lies left of the diagonal block stands for its mirror image too.
-        by_row = _double(product.sum(-1)).sum(-1)
+        by_row = double(product.sum(-1)).sum(-1)
         if columns > rows:
-            by_row = by_row + _double(product[:, :, : columns - rows].sum(-1)).sum(-1)
+            by_row = by_row + double(product[:, :, : columns - rows].sum(-1)).sum(-1)
         total = by_row if total is None else total + by_row
     assert total is not None
     return total
@@ -108,21 +108,30 @@ def _direct(a: Tensor, g: Tensor) -> Tensor:
     q = g.shape[2]
     rows = max(1, min(q, BLOCK // p))
     if B * q * p <= BLOCK:
-        gradients = torch.bmm(g.mT, a)
-        return _double(torch.linalg.vector_norm(gradients, dim=-1)).square().sum(-1)
-    total = _double(a.new_zeros(B))
+        return frobenius(torch.bmm(g.mT, a))
+    total = double(a.new_zeros(B))
     for b in range(B):
         for start in range(0, q, rows):
             block = g[b, :, start : start + rows].mT @ a[b]
-            total[b] += _double(torch.linalg.vector_norm(block, dim=-1)).square().sum()
+            total[b] += double(torch.linalg.vector_norm(block, dim=-1)).square().sum()
     return total
 
 
-def _wide(x: Tensor) -> Tensor:
+def frobenius(x_Bqp: Float[Tensor, "B q p"]) -> Float[Tensor, " B"]:
+    """‖X_b‖²_F of float32 or wider matrices."""
+    return double(torch.linalg.vector_norm(x_Bqp, dim=-1)).square().sum(-1)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
     """float32 or wider: products of bfloat16 outputs would be off by 5e-3."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     """Sums over many float32 numbers are taken in float64: a flat float32 sum of a matrix is off by 1e-3."""
-    return x if x.device.type == "mps" else x.double()
+    return x.to(widest(x.device))

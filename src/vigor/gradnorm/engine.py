@@ -1,0 +1,210 @@
+"""Which method runs on which rows: micro-batches, the self-check, and falling back to the loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from vigor.gradnorm.batched import Keep, OnLogits, Pass
+from vigor.gradnorm.capture import UnsupportedModule
+from vigor.gradnorm.head import has_decoder
+from vigor.gradnorm.loop import Accumulation, loop_gradients, loop_row
+from vigor.gradnorm.norms import Exact, Norms
+from vigor.rollouts import Row
+
+Method = Literal["auto", "batched", "loop", "sketch"]
+Result = tuple[Tensor, Tensor]
+"""A row's norm (scalar) and its log-probabilities (T,)."""
+
+TOKENS = 16_384
+LOGITS = 1 << 28
+"""Most tokens, and, where the head cannot be run apart, most logits, of a micro-batch chosen by the library."""
+ENOUGH, PADDING = 256, 0.15
+"""Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
+
+
+class SelfCheckFailed(RuntimeError):
+    """The batched method disagreed with the loop on this model."""
+
+
+_verdicts: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
+"""For each model and choice of parameters: True if the batched method may be used, False if it may not."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call computes of every row."""
+
+    temperature: float = 1.0
+    accumulation: Accumulation = "float32"
+    norms: Callable[[], Norms] = Exact
+    keep: Keep = "nothing"
+    on_logits: OnLogits | None = None
+
+
+class Engine:
+    """One call's model, parameters, rows (distinct, with counted tokens) and settings."""
+
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], rows: list[Row], settings: Settings
+    ) -> None:
+        self.model, self.parameters, self.rows, self.settings = model, parameters, rows, settings
+        self.passes: list[tuple[Pass, list[int]]] = []
+        """What the batched run left, with the rows of each, where something is kept."""
+        first = next(iter(parameters.values()))
+        kind = first.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.key = (frozenset(parameters), first.dtype, autocast, settings.keep)
+        # transformers computes norms and rotary embeddings in float32 whatever the dtype
+        self.tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(autocast or first.dtype, 5e-2)
+
+    def run(self, method: Method, micro_batch: int | None, self_check: bool) -> list[Result]:
+        """Every row's result, in order.
+
+        Raises:
+            UnsupportedModule, SelfCheckFailed: unless the method is "auto", which then takes the loop.
+        """
+        verdicts = _verdicts.setdefault(self.model, {})
+        if method == "loop" or self.settings.accumulation != "float32" or not self.rows:
+            return self.loop()
+        if method == "auto" and verdicts.get(self.key) is False:
+            return self.loop()
+        try:
+            results, together = self.batched(micro_batch)
+            if self_check and verdicts.get(self.key) is not True:
+                self.compare(results, together)
+        except (UnsupportedModule, SelfCheckFailed) as error:
+            self.passes.clear()
+            verdicts[self.key] = False
+            if method != "auto":
+                raise
+            warnings.warn(f"{error} Falling back to the loop for this model.", stacklevel=4)
+            return self.loop()
+        if self_check and together:
+            verdicts[self.key] = True
+        return results
+
+    def loop(self) -> list[Result]:
+        """Row by row."""
+        settings, chosen = self.settings, list(self.parameters.values())
+        return [
+            loop_row(
+                self.model,
+                row,
+                chosen,
+                temperature=settings.temperature,
+                accumulation=settings.accumulation,
+                on_logits=settings.on_logits,
+                index=b,
+            )
+            for b, row in enumerate(self.rows)
+        ]
+
+    def batched(self, micro_batch: int | None) -> tuple[list[Result], list[int]]:
+        """Many rows at a time; also the rows that shared a micro-batch, for a row alone cannot show that rows mix."""
+        results: dict[int, Result] = {}
+        together: list[int] = []
+        self.passes.clear()
+        for batch in self.micro_batches(micro_batch):
+            together += batch if len(batch) > 1 else []
+            scored = self.one_pass(batch, self.settings.norms(), self.settings.keep)
+            results.update(zip(batch, zip(scored.norms_B, scored.logps, strict=True), strict=True))
+            if self.settings.keep != "nothing":
+                self.passes.append((scored, batch))
+        return [results[b] for b in range(len(self.rows))], together
+
+    def one_pass(self, batch: list[int], norms: Norms, keep: Keep) -> Pass:
+        """One micro-batch."""
+        return Pass(
+            self.model,
+            [self.rows[b] for b in batch],
+            self.parameters,
+            temperature=self.settings.temperature,
+            norms=norms,
+            keep=keep,
+            on_logits=self.settings.on_logits,
+            indices=batch,
+        )
+
+    def compare(self, results: list[Result], together: list[int]) -> None:
+        """Compares the shortest row, of those with company, with the loop: its norm and, where kept, its gradient.
+
+        Raises:
+            SelfCheckFailed: they differ.
+        """
+        b = min(together or range(len(self.rows)), key=lambda i: len(self.rows[i].ids_L))
+        norm = results[b][0]
+        if self.settings.norms is not Exact:  # an estimate cannot be compared; that of which it is one can
+            company = next((i for i in together if i != b), b)
+            norm = self.one_pass([b, company] if company != b else [b], Exact(), "nothing").norms_B[0]
+        gradients = loop_gradients(
+            self.model, self.rows[b], list(self.parameters.values()), temperature=self.settings.temperature
+        )
+        expected = _norm(gradients).to(norm.dtype)
+        self.refuse_beyond(((norm - expected).abs() / _positive(expected)).item(), "norm", norm, expected, b)
+        if expected.isnan():
+            return
+        for scored, batch in self.passes:
+            if b in batch:
+                found = scored.row_gradients(batch.index(b))
+                off = [_zeros(f, p) - _zeros(g, p) for f, g, p in zip(
+                    found, gradients, self.parameters.values(), strict=True)]  # fmt: skip
+                error = (_norm(off) / _positive(_norm(gradients))).item()
+                self.refuse_beyond(error, "update", _norm(found), expected, b)
+
+    def refuse_beyond(self, error: float, what: str, found: Tensor, expected: Tensor, b: int) -> None:
+        if not error <= self.tolerance and not (expected.isnan() and found.isnan()):
+            raise SelfCheckFailed(
+                f"batched gradient {what}: {found.item():.6g} instead of {expected.item():.6g} for a row of "
+                f"{len(self.rows[b].ids_L)} tokens (relative error {error:.1e}, allowed {self.tolerance:.0e}): some "
+                "module mixes the sequences of a batch, or uses a weight outside its own forward. Use method='loop'."
+            )
+
+    def micro_batches(self, micro_batch: int | None) -> list[list[int]]:
+        """Rows in ascending length, in runs that keep to the micro-batch, or to the bounds above."""
+        most = TOKENS
+        if not has_decoder(self.model):
+            vocabulary = max((p.shape[0] for p in self.model.parameters() if p.ndim == 2), default=1)
+            most = min(TOKENS, LOGITS // vocabulary)
+        lengths = [len(row.ids_L) for row in self.rows]
+        return micro_batches(lengths, micro_batch, most)
+
+
+def micro_batches(lengths: list[int], micro_batch: int | None, most_tokens: int) -> list[list[int]]:
+    """Indices in ascending length, in runs of at most `micro_batch` rows, or, if None, of like length."""
+    batches: list[list[int]] = []
+    real = 0
+    for b in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        rows = len(batches[-1]) + 1 if batches else 1
+        tokens = rows * lengths[b]  # b is the longest so far, and all are padded to it
+        if micro_batch is not None:
+            fits = rows <= micro_batch
+        else:
+            wasteful = real >= ENOUGH and tokens - real - lengths[b] > PADDING * tokens
+            fits = tokens <= most_tokens and not wasteful
+        if batches and fits:
+            batches[-1].append(b)
+            real += lengths[b]
+        else:
+            batches.append([b])
+            real = lengths[b]
+    return batches
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    squares = [g.double().square().sum() for g in gradients if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
