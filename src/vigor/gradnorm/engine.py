@@ -22,9 +22,11 @@ Method = Literal["auto", "batched", "loop", "sketch"]
 Result = tuple[Tensor, Tensor]
 """A row's norm (scalar) and its log-probabilities (T,)."""
 
-TOKENS = 16_384
-LOGITS = 1 << 28
-"""Most tokens, and, where the head cannot be run apart, most logits, of a micro-batch chosen by the library."""
+ACTIVATIONS, LOGITS, TOKENS = 1 << 25, 1 << 28, 16_384
+"""Most inputs and outputs of linear maps (numbers), most logits where the head cannot be run apart, and most tokens of
+a micro-batch chosen by the library. It is to need less memory than a training step of the same rows."""
+FULL_SPEED = {"cpu": 512}
+"""Tokens at which matrix products run at full speed; more activations are allowed to reach that. Elsewhere 4096."""
 ENOUGH, PADDING = 256, 0.15
 """Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
@@ -58,6 +60,7 @@ class Engine:
         self.passes: list[tuple[Pass, list[int]]] = []
         """What the batched run left, with the rows of each, where something is kept."""
         first = next(iter(parameters.values()))
+        self.device = first.device
         kind = first.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.key = (frozenset(parameters), first.dtype, autocast, settings.keep)
@@ -76,8 +79,9 @@ class Engine:
         if method == "auto" and verdicts.get(self.key) is False:
             return self.loop()
         try:
-            results, together = self.batched(micro_batch)
-            if self_check and verdicts.get(self.key) is not True:
+            unchecked = self_check and verdicts.get(self.key) is not True
+            results, together = self.batched(micro_batch, unchecked=unchecked)
+            if unchecked:
                 self.compare(results, together)
         except (UnsupportedModule, SelfCheckFailed) as error:
             self.passes.clear()
@@ -106,12 +110,12 @@ class Engine:
             for b, row in enumerate(self.rows)
         ]
 
-    def batched(self, micro_batch: int | None) -> tuple[list[Result], list[int]]:
+    def batched(self, micro_batch: int | None, *, unchecked: bool) -> tuple[list[Result], list[int]]:
         """Many rows at a time; also the rows that shared a micro-batch, for a row alone cannot show that rows mix."""
         results: dict[int, Result] = {}
         together: list[int] = []
         self.passes.clear()
-        for batch in self.micro_batches(micro_batch):
+        for batch in self.micro_batches(micro_batch, company=unchecked):
             together += batch if len(batch) > 1 else []
             scored = self.one_pass(batch, self.settings.norms(), self.settings.keep)
             results.update(zip(batch, zip(scored.norms_B, scored.logps, strict=True), strict=True))
@@ -166,14 +170,26 @@ class Engine:
                 "module mixes the sequences of a batch, or uses a weight outside its own forward. Use method='loop'."
             )
 
-    def micro_batches(self, micro_batch: int | None) -> list[list[int]]:
-        """Rows in ascending length, in runs that keep to the micro-batch, or to the bounds above."""
-        most = TOKENS
-        if not has_decoder(self.model):
-            vocabulary = max((p.shape[0] for p in self.model.parameters() if p.ndim == 2), default=1)
-            most = min(TOKENS, LOGITS // vocabulary)
+    def micro_batches(self, micro_batch: int | None, *, company: bool) -> list[list[int]]:
+        """Rows in ascending length, in runs that keep to the micro-batch, or to the bounds above.
+
+        `company`: the two shortest rows share one, if the library chooses.
+        """
         lengths = [len(row.ids_L) for row in self.rows]
-        return micro_batches(lengths, micro_batch, most)
+        batches = micro_batches(lengths, micro_batch, self.most_tokens())
+        if company and micro_batch is None and len(batches) > 1 and len(batches[0]) == 1:
+            batches[0] += batches[1][:1]
+            batches[1] = batches[1][1:]
+        return [batch for batch in batches if batch]
+
+    def most_tokens(self) -> int:
+        """The bounds above, in tokens."""
+        matrices = [p for p in self.model.parameters() if p.ndim == 2]
+        full_speed = FULL_SPEED.get(self.device.type, 4096)
+        most = min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sum(sum(p.shape) for p in matrices))))
+        if has_decoder(self.model):
+            return most
+        return min(most, LOGITS // max((len(p) for p in matrices), default=1))
 
 
 def micro_batches(lengths: list[int], micro_batch: int | None, most_tokens: int) -> list[list[int]]:

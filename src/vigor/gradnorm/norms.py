@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vigor.gradnorm.squares import GramCache, cross_product, double, frobenius, linear_square, rows_square, wide
+from vigor.gradnorm.squares import GramCache, cross_product, frobenius, linear_square, rows_square, wide
 
 if TYPE_CHECKING:
     from vigor.gradnorm.capture import Uses
@@ -76,7 +76,7 @@ class Sketch:
         self.cache = GramCache()
         self.projections, self.seed = projections, seed
         self.tied: dict[int, tuple[Tensor, Tensor]] = {}
-        """Of a matrix that is an embedding too, by the id of its uses: signs (q, k) and projections (B, k, p) so far."""
+        """Of a matrix that is an embedding too, by the id of its uses: signs (q, k), projections (B, k, p) so far."""
 
     def linear(
         self, squares_B: Tensor, uses: Uses, rows: slice, a_BTp: Tensor, g_BTq: Tensor, each_Bqp: Tensor | None

@@ -52,10 +52,15 @@ def linear_square(
 ) -> Float[Tensor, " B"]:
     """‖G_bᵀ A_b‖²_F for every b, float64 (float32 on MPS)."""
     T, p, q = a_BTp.shape[1], a_BTp.shape[2], g_BTq.shape[2]
-    n = _strip_count(T)
-    if (n + 1) / n * T * (p + q) <= 2 * p * q:
+    if prefers_gram(T, p, q):
         return _inner(cache.of(a_BTp), _strips(wide(g_BTq)))
     return _direct(wide(a_BTp), wide(g_BTq))
+
+
+def prefers_gram(T: int, p: int, q: int) -> bool:
+    """Whether the Gram form has fewer operations than the direct one."""
+    n = _strip_count(T)
+    return (n + 1) / n * T * (p + q) <= 2 * p * q
 
 
 def rows_square(ids_BT: Int[Tensor, "B T"], d_BTp: Float[Tensor, "B T p"]) -> Float[Tensor, " B"]:
