@@ -179,7 +179,7 @@ def test_rows_that_are_the_same_add_up(mode: str) -> None:
 def test_keep_refuses_weights_that_differ_within_a_row() -> None:
     model = build("qwen2-tied")
     result = fused_grad_norms(model, *batch(), mode="keep")
-    with pytest.raises(RuntimeError, match="different weights.*Use 'retain'"):
+    with pytest.raises(RuntimeError, match=r"different weights.*Use 'retain'"):
         (result.token_logps() * weights("retain", batch()[0].shape)).sum().backward()
     assert not gradients(model)
 

@@ -48,6 +48,8 @@ class FusedNorms:
         self.norms_B, self.logps_BL = scored.norms_B, scored.logps_BL
         """(B,) and (B, L), float32 or wider; see `sequence_grad_norms`."""
         self.parameters = scored.engine.parameters
+        self.zeros = False
+        """Give a parameter on which no row depends a gradient of zeros instead of none: DDP waits for one."""
         self._rows = scored.rows
         self._passes = scored.engine.passes
         self._weights = [torch.zeros_like(scored.logps_BL[0, : int(r.completion_L.sum())]) for r in scored.engine.rows]
@@ -55,9 +57,7 @@ class FusedNorms:
         self._waiting = set(self._owner)
         self._gradients: dict[int, Tensor] = {}
         kind = self.norms_B.device.type
-        self._autocast = {
-            "device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)
-        }  # fmt: skip
+        self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def token_logps(self, rows: Sequence[int] | None = None) -> Float[Tensor, "R L"]:
         """Log-probabilities of the counted tokens of some rows (all, if None), 0 elsewhere; differentiable once.
@@ -68,9 +68,10 @@ class FusedNorms:
         """
         chosen = list(range(len(self._rows))) if rows is None else list(rows)
         delivered: Tensor = torch.zeros((), device=self.logps_BL.device)
-        for parameter in self.parameters.values():
-            delivered = _Deliver.apply(delivered, parameter, self)
-        return _TokenLogps.apply(delivered, self, chosen)  # type: ignore[no-any-return]
+        for i, parameter in enumerate(self.parameters.values()):
+            delivered = _Deliver.apply(delivered, parameter, self, i == 0)
+        logps_RL: Tensor = _TokenLogps.apply(delivered, self, chosen)
+        return logps_RL
 
     def release(self) -> None:
         """Lets go of what was kept; a backward pass is not possible any more."""
@@ -110,7 +111,9 @@ class FusedNorms:
                 weights_B = torch.stack([self._row_weight(i) for i in batch])
                 part = scored.weighted(parameter, weights_B)
                 total = part if total is None else total if part is None else total + part
-        return None if total is None else total.to(parameter.dtype)
+        if total is None:
+            return torch.zeros_like(parameter) if self.zeros else None
+        return total.to(parameter.dtype)
 
     def _row_weight(self, i: int) -> Tensor:
         """w of w ∇NLL, where every token of the row has the weight -w / T."""
@@ -129,7 +132,7 @@ class FusedNorms:
                 )
 
     def _second_backwards(self) -> None:
-        with scoring_mode(self.model), torch.enable_grad(), torch.autocast(**self._autocast):
+        with scoring_mode(self.model), torch.enable_grad(), self._autocast:
             for scored, batch in self._passes:
                 found = scored.second_backward([self._weights[i] for i in batch])
                 for key, gradient in found.items():
@@ -157,13 +160,16 @@ class _Deliver(torch.autograd.Function):
     """Passes a scalar on; backward gives one parameter its gradient, so that its hooks (DDP's among them) run."""
 
     @staticmethod
-    def forward(ctx: Any, delivered: Tensor, parameter: nn.Parameter, fused: FusedNorms) -> Tensor:
-        ctx.fused, ctx.parameter = fused, parameter
+    def forward(ctx: Any, delivered: Tensor, parameter: nn.Parameter, fused: FusedNorms, last: bool) -> Tensor:
+        ctx.fused, ctx.parameter, ctx.last = fused, parameter, last
         return delivered.view_as(delivered)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return g, ctx.fused.gradient(ctx.parameter), None
+        gradient = ctx.fused.gradient(ctx.parameter)
+        if ctx.last and ctx.fused.complete:
+            ctx.fused.release()
+        return g, gradient, None, None
 
 
 def fused_grad_norms(

@@ -70,7 +70,7 @@ def hidden_states(
             after.enter_context(paused())
             return _with_hidden(output, _hidden(output)[:, :1].detach())
 
-        with _forward(decoder, once):
+        with replaced_forward(decoder, once):
             model(**inputs, use_cache=False)
     if len(seen) != 1:
         raise NoDecoder
@@ -81,7 +81,7 @@ def logits_of(model: nn.Module, decoder: nn.Module, output: Any, hidden_BTh: Ten
     """The model's logits for hidden states."""
     B, T = hidden_BTh.shape[:2]
     ones = torch.ones(B, T, dtype=torch.int64, device=hidden_BTh.device)
-    with _forward(decoder, lambda *_, **__: _with_hidden(output, hidden_BTh)):
+    with replaced_forward(decoder, lambda *_, **__: _with_hidden(output, hidden_BTh)):
         logits: Tensor = model(input_ids=ones, attention_mask=ones, use_cache=False).logits
     return logits
 
@@ -100,7 +100,7 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replaces a module's forward for a while."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
