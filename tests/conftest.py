@@ -14,7 +14,8 @@ import torch
 
 # Before vigor is imported: functions of these modules then check the shapes and dtypes that they declare.
 jaxtyping.install_import_hook(
-    ["vigor.gradnorm", "vigor.rollouts", "vigor.shaping", "vigor.signals"], "beartype.beartype"
+    ["vigor.gradnorm", "vigor.groupmetrics", "vigor.rollouts", "vigor.shaping", "vigor.signals", "vigor.tokenstats"],
+    "beartype.beartype",
 )
 
 torch.set_num_threads(1)

@@ -47,9 +47,14 @@ def test_every_file_and_folder_it_links_to_exists() -> None:
 
 
 def test_every_reward_stands_in_its_table() -> None:
+    from vigor.commands.methods import FAMILIES
     from vigor.rewards import METHODS
 
-    assert set(re.findall(r"^\| \[`(\w+)`\]", README, flags=re.MULTILINE)) == set(METHODS)
+    def _place(name: str) -> int:
+        return FAMILIES.index(METHODS[name].family)
+
+    table = README.split("## The rewards")[1].split("\n## ")[0]
+    assert re.findall(r"\[`(\w+)`\]\(docs/methods/\1\.md\)", table) == sorted(METHODS, key=_place)
 
 
 def test_the_annotated_tree_names_what_there_is() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import SAMPLES, Sample, counted_forwards, lora, naive_norm, qwen2
+from models import SAMPLES, Sample, lora, naive_norm, qwen2
 from torch import Tensor, nn
 
 from vigor.rewards import METHODS, get, is_reward_spec, parse_spec
@@ -97,12 +97,13 @@ def test_what_is_a_reward_spec() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_follows_the_protocol(name: str) -> None:
-    reward = get(name)
+    runner = {"runner": len} if "sandbox" in METHODS[name].needs else {}
+    reward = get(name, **runner)
     assert isinstance(reward, Reward)
-    assert reward.name == name
+    assert reward.name == (f"{name}(runner=len)" if runner else name)
     assert reward.needs <= NEEDS
     assert all(getattr(METHODS[name], key) for key in ("family", "needs", "cost", "paper", "summary"))
-    assert bool(reward.columns) == ("answers" in METHODS[name].needs)
+    assert bool(reward.columns) == (METHODS[name].needs != "prompts")
 
 
 # Composition --------------------------------------------------------------------------------------------------------
@@ -189,10 +190,10 @@ def test_vigor_ties() -> None:
 
 def test_vigor_variants_share_the_norms_of_one_pass() -> None:
     model, rollouts = qwen2(), rollouts_of(*PLAIN, group_size=4)
-    policy = PolicyPass(model, rollouts)
-    with counted_forwards(model) as shapes:
-        for spec in ("vigor", "vigor(ties=index)", "self_certainty", "vigor(parameters=trainable)"):
-            get(spec)(rollouts, policy)
+    policy, shapes = PolicyPass(model, rollouts), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    for spec in ("vigor", "vigor(ties=index)", "self_certainty", "vigor(parameters=trainable)"):
+        get(spec)(rollouts, policy)
     lengths = sorted(rollouts.attention_mask_BL.sum(1).tolist())
     # One batched pass over all rows for the norms, its self-check on the shortest, one pass for the statistics.
     assert shapes == [(4, lengths[-1]), (1, lengths[0]), (4, lengths[-1])]

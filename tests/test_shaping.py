@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from vigor.shaping import informative, rank, share_between_identical, truncated_worst, zscore
+from vigor.shaping import (
+    clip,
+    gate,
+    informative,
+    leave_one_out,
+    length_power,
+    minmax,
+    rank,
+    share_between_identical,
+    spread,
+    truncated_worst,
+    zscore,
+)
 
 NAN = math.nan
 GOLDEN = [-1.4287, -1.0205, -0.6123, -0.2041, 0.2041, 0.6123, 1.0205, 1.4287]
@@ -175,6 +188,91 @@ def test_zscore_is_permutation_equivariant() -> None:
         torch.testing.assert_close(
             zscore(scores[:, order]), zscore(scores)[:, order], rtol=0, atol=1e-5, equal_nan=True
         )
+
+
+# Other shapes -------------------------------------------------------------------------------------------------------
+
+
+def slow_minmax(valid: list[float], x: float) -> float:
+    return (x - min(valid)) / (max(valid) - min(valid)) if max(valid) > min(valid) else 0.0
+
+
+def slow_leave_one_out(valid: list[float], x: float) -> float:
+    others = list(valid)
+    others.remove(x)
+    return x - math.fsum(others) / len(others) if others else 0.0
+
+
+@pytest.mark.parametrize(("shape", "slow"), [(minmax, slow_minmax), (leave_one_out, slow_leave_one_out)])
+def test_shapes_equal_the_slow_versions(shape: Any, slow: Callable[[list[float], float], float]) -> None:
+    for scores in random_scores():
+        for got, row in zip(shape(scores).tolist(), scores.tolist(), strict=True):
+            valid = [x for x in row if not math.isnan(x)]
+            wanted = [x if math.isnan(x) else slow(valid, x) for x in row]
+            assert got == pytest.approx(wanted, abs=2e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("shape", [minmax, leave_one_out])
+def test_shapes_of_equal_scores_and_of_small_groups_are_exactly_zero(shape: Any) -> None:
+    for size in range(1, 9):
+        assert bool((shape(torch.full((3, size), 0.1)) == 0).all())
+    assert shape(groups([NAN, 3.0, NAN])).nan_to_num(9).tolist() == [[9.0, 0.0, 9.0]]
+    assert shape(torch.zeros(0, 4)).shape == (0, 4)
+    assert shape(torch.full((1, 3), NAN)).isnan().all()
+
+
+def test_shapes_are_permutation_equivariant_and_float32_or_wider() -> None:
+    for shape in (minmax, leave_one_out):
+        for scores in random_scores(12):
+            order = torch.randperm(scores.shape[1])
+            torch.testing.assert_close(
+                shape(scores[:, order]), shape(scores)[:, order], rtol=0, atol=2e-6, equal_nan=True
+            )
+        assert shape(torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
+        assert shape(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_minmax_bounds() -> None:
+    assert minmax(groups([-5.0, 0.0, 15.0])).tolist() == [[0.0, 0.25, 1.0]]
+    assert minmax(groups([0.0, math.inf, 1.0])).isnan().tolist() == [[False, True, False]]
+    assert minmax(groups([0.0, -math.inf, 1.0])).isnan().all()
+
+
+def test_length_power() -> None:
+    scores, lengths = groups([2.0, -3.0, NAN, 5.0]), torch.tensor([[4, 9, 2, 0]])
+    for power in (0.5, -1.0, 0.0, 2.0):
+        wanted = [x * max(t, 1) ** power for x, t in zip(scores[0].tolist(), lengths[0].tolist(), strict=True)]
+        assert length_power(scores, lengths, power)[0].tolist() == pytest.approx(wanted, rel=1e-6, nan_ok=True)
+
+
+def test_clip() -> None:
+    scores = groups([-3.0, 0.5, NAN, math.inf])
+    assert clip(scores, -1.0, 1.0).nan_to_num(9).tolist() == [[-1.0, 0.5, 9.0, 1.0]]
+    for low, high in ((1.0, -1.0), (NAN, 1.0), (0.0, NAN)):
+        with pytest.raises(ValueError, match=r"clip: low .* must not exceed high"):
+            clip(scores, low, high)
+
+
+def test_spread_is_the_coefficient_of_variation() -> None:
+    for scores in random_scores():
+        for got, row in zip(spread(scores + 5).tolist(), (scores + 5).tolist(), strict=True):
+            valid = np.array([x for x in row if not math.isnan(x)])
+            wanted = valid.std(ddof=1) / abs(valid.mean()) if len(set(valid.tolist())) > 1 else 0.0
+            assert got == pytest.approx(wanted, abs=1e-6)
+    assert spread(groups([-1.0, 1.0])).tolist() == [math.inf]
+    assert spread(torch.tensor([[0.1] * 7, [NAN] * 7, [-0.7] * 6 + [NAN]])).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_gate_silences_groups_that_hardly_differ() -> None:
+    scores = groups([-100.0, -101.0, -100.5], [-100.0, -150.0, -50.0], [-1.0, -1.0, -1.0], [NAN, -1.0, -9.0])
+    ranks = rank(scores)
+    gated = gate(ranks, scores, min_spread=0.05)
+    assert gated[0].tolist() == [0.0, 0.0, 0.0]
+    assert torch.equal(gated[1], ranks[1])
+    assert gated[2].tolist() == [0.0, 0.0, 0.0]
+    assert gated[3].nan_to_num(9).tolist() == [9.0, 1.0, -1.0]
+    assert torch.equal(gate(ranks, scores, min_spread=0.0).nan_to_num(9), ranks.nan_to_num(9))
+    assert gate(rank(groups([NAN, 2.0])), groups([NAN, 2.0]), min_spread=0.5).nan_to_num(9).tolist() == [[9.0, 0.0]]
 
 
 # Groups and rows ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_trainer import PROMPTS, config, dataset, lab_tokenizer, tiny_model
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -92,6 +93,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Spy:
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_get_output_dir", ["self", "trial"]),
+        (
+            "_generate_single_turn",
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_get_eval_sampler", ["self", "eval_dataset"]),
+        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_log_completion_extra", ["self", "column", "values"]),
         ("_log_metric", ["self", "name", "value"]),
     ],
@@ -173,6 +182,16 @@ def test_the_logged_advantages_can_be_rewritten(trained: Spy) -> None:
     kept, logged[0] = logged[0], 7.0
     assert logged[0] == 7.0
     logged[0] = kept
+
+
+def test_the_sampler_repeats_each_row_for_its_group_and_the_batch_for_its_rounds() -> None:
+    sampler = RepeatSampler(range(5), 1, 2, 3, True, 7)
+    order = list(sampler)
+    assert len(sampler) == len(order) == 12
+    assert order[:2] == order[2:4] == order[4:6] and order[6:8] == order[8:10] == order[10:12], (
+        "RepeatSampler no longer takes (data_source, mini_repeat_count, batch_size, repeat_count, shuffle, seed)."
+    )
+    assert len(set(order)) == 4
 
 
 def test_extra_columns_and_metrics_reach_the_table_and_the_log(trained: Spy) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from trl import GRPOConfig
 
+from vigor.rewards.compose import Schedule
+
+FUSED = ("auto", "keep", "retain", "off")
 TRUNCATED = ("score", "worst", "mask")
 
 
@@ -33,6 +37,32 @@ class VigorConfig(GRPOConfig):
             "choices": list(TRUNCATED),
         },
     )
+    reward_weights_final: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the rewards at the end of the run, one for each of reward_weights: in between they "
+            "move along reward_weights_schedule. Default: the weights stay."
+        },
+    )
+    reward_weights_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "How the weights move from reward_weights to reward_weights_final over the optimizer steps: "
+            "'linear', or 'cosine' (slowly at both ends).",
+            "choices": list(get_args(Schedule)),
+        },
+    )
+    fused: str = field(
+        default="auto",
+        metadata={
+            "help": "Take the update from the pass that scored the completions, where that gives the same gradient. "
+            "'keep': one forward and one backward in all; every token of a completion must have one weight in the loss "
+            "(beta=0, first update after sampling). 'retain': one forward, two backwards, any loss. 'off': a forward "
+            "and a backward for each. 'auto': the first of these that fits the loss and half of the free memory, "
+            "printed with its reason.",
+            "choices": list(FUSED),
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the argument parser takes None in first place only
         default="none", metadata={"help": "Trackers to mirror the metrics to: none, wandb, trackio, tensorboard …"}
     )
@@ -48,6 +78,7 @@ class VigorConfig(GRPOConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and (torch.cuda.is_available() or torch.xpu.is_available())
         self._check_truncated()
+        self._check_weights()
         self._check_batch()
         super().__post_init__()
         self._check_distribution()
@@ -63,6 +94,19 @@ class VigorConfig(GRPOConfig):
         if self.mask_truncated_completions:
             self.truncated = "mask"
         self.mask_truncated_completions = self.truncated == "mask"
+
+    def _check_weights(self) -> None:
+        if self.reward_weights_schedule not in get_args(Schedule):
+            raise ValueError(
+                f"reward_weights_schedule={self.reward_weights_schedule!r}: choose one of "
+                f"{', '.join(get_args(Schedule))}."
+            )
+        final = self.reward_weights_final
+        if final is not None and (self.reward_weights is None or len(final) != len(self.reward_weights)):
+            given = "no reward_weights" if self.reward_weights is None else f"{len(self.reward_weights)} reward_weights"
+            raise ValueError(
+                f"reward_weights_final has {len(final)} numbers for {given}: give both, one number a reward each."
+            )
 
     def _check_batch(self) -> None:
         if self.num_generations is None or self.num_generations < 2:

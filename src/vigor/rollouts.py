@@ -20,6 +20,15 @@ Text = str | Sequence[Message]
 
 
 @dataclass(frozen=True)
+class BatchTexts:
+    """The texts of the rows of all processes, group-major: what a reward that compares completions reads."""
+
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Those columns that such a reward names, one value a row."""
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """Sampled completions of one process, with everything a reward may look at.
 
@@ -49,6 +58,8 @@ class Rollouts:
     """When the rollouts were sampled, in forward-backward passes since training began: another for each batch."""
     first_row: int = 0
     """Index of this process's first row in the batch of all processes."""
+    batch_texts: BatchTexts | None = None
+    """The texts of all processes' rows; None where these rows are the whole batch, or no reward compares texts."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids_BL.shape
@@ -105,6 +116,21 @@ class Rollouts:
     def lengths_B(self) -> Int[Tensor, " B"]:
         """int64: T, the number of counted completion tokens of each row."""
         return self.completion_mask_BL.bool().sum(dim=1)
+
+    def whole_batch(self) -> tuple[BatchTexts, int]:
+        """The texts of whole groups, and the index of this process's first row among them.
+
+        Raises:
+            ValueError: these rows are part of a batch whose other texts were not gathered.
+        """
+        if self.batch_texts is not None:
+            return self.batch_texts, self.first_row
+        if len(self) % self.group_size:
+            raise ValueError(
+                f"Rollouts: {len(self)} rows are not whole groups of {self.group_size}, and the other processes' texts "
+                "were not gathered. Give all rows of a group, or batch_texts and first_row."
+            )
+        return BatchTexts(self.completion_texts, self.columns), 0
 
     @property
     def completion_texts(self) -> list[str]:

@@ -57,6 +57,75 @@ def zscore(scores_PG: Float[Tensor, "P G"], *, eps: float = 1e-4) -> Float[Tenso
     return shaped.masked_fill(~valid, torch.nan)
 
 
+def minmax(scores_PG: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """(score - group minimum) / (group maximum - minimum), in [0, 1]; 0 where a group's valid scores are all equal.
+
+    An infinite score has no place on such a scale: it becomes NaN, and so does its whole group where it is -inf.
+    """
+    scores = scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32))
+    valid = ~scores.isnan()
+    highest = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    lowest = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    shaped = torch.where(informative(scores)[:, None], (scores - lowest) / (highest - lowest), torch.zeros_like(scores))
+    return shaped.masked_fill(~valid, torch.nan)
+
+
+def leave_one_out(scores_PG: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Score less the mean of the group's other valid scores (Kool et al. 2019; Ahmadian et al. 2024): RLOO's baseline.
+
+    Equals n/(n-1) times the score less the group mean; exactly 0 where a group's n valid scores are all equal, and for
+    a score that is alone.
+    """
+    scores = scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32))
+    valid = ~scores.isnan()
+    n = valid.sum(-1, keepdim=True)
+    centred = (scores - scores.nanmean(-1, keepdim=True)) * n / (n - 1).clamp(min=1)
+    shaped = torch.where(informative(scores)[:, None], centred, torch.zeros_like(scores))
+    return shaped.masked_fill(~valid, torch.nan)
+
+
+def length_power(scores_PG: Float[Tensor, "P G"], lengths_PG: Int[Tensor, "P G"], power: float) -> Float[Tensor, "P G"]:
+    """Score times T^power, T = counted tokens, at least 1: 1/2 is VIGOR's factor, -1 makes a mean of a sum."""
+    scores = scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32))
+    return scores * lengths_PG.clamp(min=1).to(scores.dtype) ** power
+
+
+def clip(scores_PG: Float[Tensor, "P G"], low: float, high: float) -> Float[Tensor, "P G"]:
+    """Scores limited to [low, high]; NaN stays NaN.
+
+    Raises:
+        ValueError: low > high, or one of them is NaN.
+    """
+    if not low <= high:
+        raise ValueError(f"clip: low ({low}) must not exceed high ({high}).")
+    return scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32)).clamp(low, high)
+
+
+def spread(scores_PG: Float[Tensor, "P G"]) -> Float[Tensor, " P"]:
+    """Unbiased std / |mean| of each group's valid scores: how much they differ, in units of their size.
+
+    Exactly 0 where they are all equal; infinite where they differ round a mean of 0.
+    """
+    scores = scores_PG.to(torch.promote_types(scores_PG.dtype, torch.float32))
+    valid = ~scores.isnan()
+    mean = scores.nanmean(-1)
+    centred = torch.where(valid, scores - mean[:, None], torch.zeros_like(scores))
+    std = (centred.square().sum(-1) / (valid.sum(-1) - 1).clamp(min=1)).sqrt()
+    return torch.where(informative(scores), std / mean.abs(), torch.zeros_like(std))
+
+
+def gate(
+    rewards_PG: Float[Tensor, "P G"], scores_PG: Float[Tensor, "P G"], *, min_spread: float
+) -> Float[Tensor, "P G"]:
+    """Rewards, with those of groups whose scores spread by less than `min_spread` set to 0.
+
+    Ranks and z-scores forget how much the scores differed: a group whose norms differ by 1 % is ranked as firmly as one
+    whose norms differ tenfold. See `spread`; NaN rewards stay NaN.
+    """
+    keep_P = spread(scores_PG) >= min_spread
+    return torch.where(keep_P[:, None] | rewards_PG.isnan(), rewards_PG, torch.zeros_like(rewards_PG))
+
+
 def informative(scores_PG: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     """True for the groups whose valid scores differ: only these can teach anything."""
     highest = scores_PG.nan_to_num(nan=-torch.inf).amax(-1)

@@ -5,31 +5,45 @@ The algorithm is TRL's; what we override, and what each override relies on:
     _generate                         returns prompt_ids and completion_ids first; called once per generation batch
     _calculate_rewards                outside no_grad, before advantages; returns the gathered (B, n_funcs) rewards
     _generate_and_score_completions   returns this process's "advantages"; appends those of all to _logs["advantages"]
+    _compute_loss                     asks for the log-probabilities of its inputs through the next, once
+    _get_per_token_logps_and_entropies    (model, input_ids, attention_mask, logits_to_keep, …) -> (logps, entropies, aux)
     _get_output_dir                   the folder that checkpoints are written to and rotated in
+    _generate_single_turn             (prompt_ids, images, fields, num_generations) -> (ids, logps); also for a teacher
+    _get_train_sampler, _get_eval_sampler    RepeatSampler(data_source, mini_repeat_count, batch_size, repeat_count, …)
+    _save_optimizer_and_scheduler, _load_optimizer_and_scheduler     with the folder of a checkpoint
 tests/test_trl_contract.py fails loudly when a new TRL changes one of these.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from vigor import rewards, shaping
 from vigor.config import VigorConfig
 from vigor.data import encode_prompt
-from vigor.rewards.base import Reward, unshaped
-from vigor.rollouts import Rollouts
+from vigor.fusion import FUSED_ROW, Fusion
+from vigor.groupmetrics import top_quarter_accuracy, within_group_auc
+from vigor.rewards.base import TEACHER, Reward, unshaped
+from vigor.rewards.compose import annealed_weights
+from vigor.rollouts import BatchTexts, Rollouts, text_of
 from vigor.signals import PolicyPass
+from vigor.teacher import Teacher, fork_generators
+from vigor.twins import TwinSampler, check_twins
 
 AnyReward = str | Reward | Callable[..., Any] | nn.Module
-_POLICY = {"grad_norm", "token_stats"}
+_POLICY = {"grad_norm", "token_stats", "reference_logps"}
 """What a reward needs that reads the policy itself."""
 _TITLE = "Verifier-Free RL for LLMs via Intrinsic Gradient-Norm Reward"
 _CITATION = f"""\
@@ -83,6 +97,8 @@ class VigorTrainer(GRPOTrainer):
         super().__init__(model=model, reward_funcs=bound, args=args, **kwargs)
         self._check_names()
         self._check_policy_rewards()
+        self._fusion = Fusion(self, list(self._rewards.values()))
+        self._teacher = self._make_teacher()
         self._seconds = {"generation": 0.0, "reward": 0.0}
 
     # Rollouts ---------------------------------------------------------------------------------------------------------
@@ -115,6 +131,7 @@ class VigorTrainer(GRPOTrainer):
     ) -> Tensor:
         """Scores of the local rows by every reward, gathered, then each of ours shaped within whole groups."""
         started = time.perf_counter()
+        self._anneal_weights()
         rollouts = self._rollouts(inputs, prompts, completions, completion_ids_list)
         self._policy = PolicyPass(
             self.accelerator.unwrap_model(self.model),
@@ -122,10 +139,14 @@ class VigorTrainer(GRPOTrainer):
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
             tokenizer=self._tokenizer,
+            needs=frozenset().union(*(reward.needs for reward in self._rewards.values()), self._fusion.needs),
+            fuse=self._fusion.mode_for(rollouts) if self.model.training else None,
+            fuse_if_possible=self.args.fused == "auto",
         )
         # The functions that _bind made read self._policy; TRL gathers what they return.
         gathered = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         shaped = self._shape(gathered, rollouts)
+        self._fusion.take(self._policy, self._prompt_ids)
         del self._policy
         self._seconds["reward"] += time.perf_counter() - started
         return shaped
@@ -145,6 +166,9 @@ class VigorTrainer(GRPOTrainer):
     def _rollouts(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> Rollouts:
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        if self._teacher is not None:
+            columns[TEACHER] = self._sample_teacher(self._teacher)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         truncated = torch.tensor([not ids or ids[-1] not in ends for ids in completion_ids])
         rollouts = Rollouts.from_token_ids(
@@ -155,10 +179,11 @@ class VigorTrainer(GRPOTrainer):
             device=self.accelerator.device,
             prompts=prompts,
             completions=completions,
-            columns={key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
+            columns=columns,
             truncated_B=truncated.to(self.accelerator.device),
             micro_step=self._micro_step,
             first_row=self.accelerator.process_index * len(prompts),
+            batch_texts=self._gather_texts(completions, columns),
         )
         if self._tool_mask is not None:  # what a tool or an environment wrote is context, not the policy's
             for mask_L, prompt, own in zip(rollouts.completion_mask_BL, self._prompt_ids, self._tool_mask, strict=True):
@@ -168,6 +193,27 @@ class VigorTrainer(GRPOTrainer):
         self._log_completion_extra("length", [len(ids) for ids in completion_ids])
         self._log_completion_extra("truncated", truncated.tolist())
         return rollouts
+
+    def _gather_texts(self, completions: list[Any], columns: dict[str, list[Any]]) -> BatchTexts | None:
+        """The texts of all processes, and the columns that go with them, where a reward compares completions."""
+        comparing = [reward for reward in self._rewards.values() if "group" in reward.needs]
+        if not comparing:
+            return None
+        named = [*(column for reward in comparing for column in reward.columns), TEACHER]
+        names = [name for name in dict.fromkeys(named) if name in columns]
+        own = zip(map(text_of, completions), *(columns[name] for name in names), strict=True)
+        gathered = list(zip(*gather_object(list(own)), strict=True))
+        return BatchTexts(gathered[0], dict(zip(names, gathered[1:], strict=True)))
+
+    def _sample_teacher(self, teacher: Teacher) -> list[str]:
+        """A completion of the teacher's for each local row, drawn from random numbers of its own."""
+        with fork_generators(self.accelerator.device), teacher.ema.swapped(teacher.model):
+            seed = (self.args.seed * 1_000_003 + self._micro_step) * 4096 + self.accelerator.process_index
+            torch.manual_seed(seed)
+            ids, _ = self._generate_single_turn(self._prompt_ids, None, {}, self._group_size)
+        texts: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        self._log_completion_extra(TEACHER, texts)
+        return texts
 
     def _shape(self, scores: Tensor, rollouts: Rollouts) -> Tensor:
         """(B, n_funcs) gathered scores -> rewards; rows that no weighted reward scores get no reward at all."""
@@ -194,7 +240,35 @@ class VigorTrainer(GRPOTrainer):
         # TRL counts a row as scored as soon as any reward has an opinion; one of weight 0 must not decide that.
         shaped[shaped[:, weighted].isnan().all(dim=1)] = torch.nan
         self._informative = self._differs(shaped[:, weighted], group).repeat_interleave(self._group_size)
+        self._log_alignment(scores, shaped, group)
         return shaped
+
+    def _log_alignment(self, scores: Tensor, shaped: Tensor, group: tuple[int, int]) -> None:
+        """How well each reward tells right from wrong within groups, where an accuracy reward says what is right."""
+        at = next((i for i, reward in self._rewards.items() if reward.name.split("(")[0] == "accuracy"), None)
+        if at is None:
+            return
+        for i, name in enumerate(self.reward_func_names):
+            if i != at:
+                auc = within_group_auc(shaped[:, i].view(group), scores[:, at].view(group))
+                top = top_quarter_accuracy(shaped[:, i].view(group), scores[:, at].view(group))
+                for metric, value in (("auc", auc), ("top25", top)):
+                    if not math.isnan(value):
+                        self._log_metric(f"{metric}/{name}", value)
+
+    def _anneal_weights(self) -> None:
+        """Sets the rewards' weights to where their schedule stands; without one they stay as configured."""
+        if self.args.reward_weights_final is None:
+            return
+        weights = annealed_weights(
+            self.args.reward_weights,
+            self.args.reward_weights_final,
+            self.state.global_step / max(self.state.max_steps, 1),
+            self.args.reward_weights_schedule,
+        )
+        self.reward_weights[: len(weights)] = torch.tensor(weights)
+        for name, weight in zip(self.reward_func_names, weights, strict=False):
+            self._log_metric(f"reward_weights/{name}", weight)
 
     def _differs(self, rewards: Tensor, group: tuple[int, int]) -> Tensor:
         """(P,) True for the groups in which what TRL will normalise differs: each reward, or their weighted sum."""
@@ -217,9 +291,79 @@ class VigorTrainer(GRPOTrainer):
         logged = self._logs["advantages"]
         for i, keep in enumerate(self._informative.tolist(), start=len(logged) - len(self._informative)):
             logged[i] = logged[i] if keep else 0.0
+        if self._fusion.ready:
+            output[FUSED_ROW] = torch.arange(len(inputs), device=self.accelerator.device)
         return output
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss; the log-probabilities of rows that the scoring pass kept come from there, gradient and all."""
+        self._fusion.rows = inputs.get(FUSED_ROW)
+        loss: Tensor = super()._compute_loss(model, inputs)
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._fusion.rows is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        return self._fusion.deliver(model, logits_to_keep)
+
     # Housekeeping -----------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """Two wordings of a question stay in one generation batch, where a reward compares them."""
+        data = self.train_dataset if dataset is None else dataset
+        if (column := self._twin_column) is None:
+            return super()._get_train_sampler(dataset)
+        prompts = self.args.generation_batch_size // self.num_generations
+        check_twins(list(data[column]), column, prompts)
+        repeats = self.num_iterations * self.args.steps_per_generation
+        pairs = RepeatSampler(range(len(data) // 2), 1, prompts // 2, repeats, self.shuffle_dataset, self.args.seed)
+        return TwinSampler(pairs, self.num_generations)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if (column := self._twin_column) is None:
+            return super()._get_eval_sampler(eval_dataset)
+        batch = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        check_twins(list(eval_dataset[column]), column, batch // self.num_generations_eval)
+        pairs = RepeatSampler(range(len(eval_dataset) // 2), 1, seed=self.args.seed)
+        return TwinSampler(pairs, self.num_generations_eval)
+
+    @property
+    def _twin_column(self) -> str | None:
+        """The column that pairs two wordings of a question, where a reward needs both."""
+        return next((reward.columns[0] for reward in self._rewards.values() if "twin" in reward.needs), None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._teacher is not None and self.args.should_save:
+            self._teacher.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._teacher is not None and checkpoint is not None:
+            self._teacher.load(checkpoint)
+
+    def _make_teacher(self) -> Teacher | None:
+        """The EMA teacher that a reward asks for, called after each optimizer step."""
+        plans = {reward.teacher: reward.name for reward in self._rewards.values() if reward.teacher is not None}
+        if not plans:
+            return None
+        names = ", ".join(plans.values())
+        if len(plans) > 1:
+            raise ValueError(f"rewards {names} ask for different teachers; a run has one. Give them the same settings.")
+        if self.use_vllm or self.tools or self._is_vlm or self.is_fsdp_enabled or self._is_zero3:
+            raise ValueError(
+                f"reward {names!r} samples from a teacher by swapping the policy's weights, which this release does in "
+                "one turn of text with whole parameters only: not with use_vllm, tools, images, FSDP or ZeRO-3."
+            )
+        if TEACHER in (self.train_dataset.column_names or []):
+            raise ValueError(f"the data set has a column {TEACHER!r}, which reward {names!r} fills: rename the column.")
+        teacher = Teacher(self.accelerator.unwrap_model(self.model), next(iter(plans)))
+        self.add_callback(teacher)
+        return teacher
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.path.join(super()._get_output_dir(trial), "checkpoints")
@@ -233,6 +377,11 @@ class VigorTrainer(GRPOTrainer):
     @property
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes and clear of a progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in generation and in rewards since the last call."""
@@ -248,11 +397,13 @@ class VigorTrainer(GRPOTrainer):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"reward_funcs holds {', '.join(repeated)} more than once; their logs would overwrite.")
 
+    @property
+    def _is_zero3(self) -> bool:
+        return bool(self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+
     def _check_policy_rewards(self) -> None:
         names = [reward.name for reward in self._rewards.values() if reward.needs & _POLICY]
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
+        sharded = self.is_fsdp_enabled or self._is_zero3
         if names and self._is_vlm:
             raise ValueError(
                 f"reward {names[0]!r} scores text; the policy is a vision-language model, and images would be lost."
@@ -286,7 +437,7 @@ def _check_columns(ours: Any, dataset: Any) -> None:
 
 def _refuse_nonfinite(reward: Reward, scores: Tensor, rollouts: Rollouts, step: int) -> None:
     bad = scores.isinf()
-    if reward.needs & _POLICY:
+    if reward.needs & (_POLICY - {"reference_logps"}):  # a row without a reference has no opinion
         bad |= scores.isnan() & (rollouts.lengths_B > 0)
     if bad.any():
         row = int(bad.nonzero()[0])

@@ -144,6 +144,8 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
     if run.watch_accuracy and "answer" in data.dataset.column_names and "accuracy" not in map(_name, rewards):
         rewards.append(_reward("accuracy"))
         args.reward_weights.append(0.0)
+        if args.reward_weights_final is not None:
+            args.reward_weights_final.append(0.0)
     _check_rewards(rewards, args.reward_weights, data.dataset.column_names)
     _check_length(run, args, data.n_rows, folder)
     return Job(run, args, model_args, settings, model, tokenizer, data, rewards, folder)
@@ -260,11 +262,11 @@ def _reward(name: str) -> Any:
     """One of our rewards, or the function that a dotted path names."""
     from vigor import rewards
 
+    if "." in name and os.getcwd() not in sys.path:  # for the user's own modules, here or in an option
+        sys.path.insert(0, os.getcwd())
     if rewards.is_reward_spec(name) or "." not in name:
         return rewards.get(name)
     module, _, attribute = name.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -30,7 +30,8 @@ img { max-width: 100%; background: #fff; border-radius: 6px; } pre { overflow-x:
 def write_report(folder: RunFolder) -> None:
     """Writes curves.png and report.html from what the run folder holds."""
     metrics = folder.read_metrics()
-    names = [key.split("/")[1] for key in (metrics[-1] if metrics else {}) if _is_reward_mean(key)]
+    keys = filter(_is_reward_mean, metrics[-1] if metrics else {})
+    names = [key.removeprefix("rewards/").removesuffix("/mean") for key in keys]  # a name may hold slashes
     image = io.BytesIO()
     curves(metrics, names).savefig(image, format="png", dpi=110)
     (folder.path / "curves.png").write_bytes(image.getvalue())

@@ -26,7 +26,7 @@ from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
 
 
-def _final_answer(reference: str | None) -> str | None:
+def final_answer(reference: str | None) -> str | None:
     """A worked solution stands for what it boxes, as in MATH's `solution` column; anything else for itself."""
     boxed = None if reference is None else last_boxed(reference)
     return reference if boxed is None else boxed
@@ -46,7 +46,7 @@ def accuracy(*, column: str = "answer", timeout_s: float = 5.0) -> Reward:
             raise ValueError(
                 f"reward 'accuracy': the rollouts have no column {column!r} (columns: {sorted(rollouts.columns)})."
             )
-        references = [_final_answer(reference) for reference in rollouts.columns[column]]
+        references = [final_answer(reference) for reference in rollouts.columns[column]]
         return from_values(verifier.verify(rollouts.completion_texts, references), rollouts)
 
     return Reward(name="accuracy", needs=frozenset({"text"}), score=score, columns=(column,))

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from vigor.ema import TeacherPlan
 from vigor.rollouts import Rollouts
-from vigor.shaping import Ties, rank
+from vigor.shaping import Ties, gate, rank
 from vigor.signals import PolicyPass
+from vigor.tokenstats import STATISTICS
 
 Score = Callable[[Rollouts, PolicyPass], Tensor]
-"""(rollouts, policy) -> (B,) float32, higher is better, NaN = no opinion. Looks at each row by itself."""
+"""(rollouts, policy) -> (B,) float32, higher is better, NaN = no opinion. Looks at each row by itself, unless the reward
+needs "group": then at the texts of whole groups, which the rollouts carry even where the rows are parts of groups."""
 Step = Callable[[Tensor, Rollouts], Tensor]
 """(scores (B,), rollouts) -> scores (B,): a per-row correction such as the length factor."""
 Shape = Callable[[Tensor], Tensor]
 """(P, G) scores of whole groups -> (P, G) rewards."""
 
-NEEDS = frozenset({"grad_norm", "token_stats", "reference_logps", "text"})
+NEEDS = frozenset({"grad_norm", "full_norm", "token_stats", "reference_logps", "text", "group", "twin", *STATISTICS})
+"""What a reward may read. With "grad_norm", "full_norm" says that it is the norm over all trainable parameters at the
+policy's temperature; with "token_stats", the names of `vigor.tokenstats.STATISTICS` say which. "group": the texts of
+whole groups; "twin": also those of the other wording of the prompt, which its first column pairs it with."""
+TEACHER = "teacher_completion"
+"""The column with the texts of the EMA teacher, one a row."""
+# Not reference_logps: a row without a reference has no opinion, and the scorer itself refuses a NaN of the policy's.
+_POLICY = frozenset({"grad_norm", "token_stats"})
 
 
 def unshaped(scores_PG: Tensor) -> Tensor:
@@ -37,11 +47,13 @@ class Reward:
 
     name: str
     needs: frozenset[str]
-    """Of {"grad_norm", "token_stats", "reference_logps", "text"}: what it reads."""
+    """Of `NEEDS`: what it reads."""
     score: Score
     shape: Shape = unshaped
     columns: tuple[str, ...] = field(default=())
     """Data set columns that it reads."""
+    teacher: TeacherPlan | None = None
+    """The EMA teacher whose completions it reads; None where it reads none."""
 
     def __post_init__(self) -> None:
         if unknown := self.needs - NEEDS:
@@ -52,16 +64,31 @@ class Reward:
 
         Raises:
             ValueError: the number of rows is not a multiple of the group size.
+            FloatingPointError: the policy gives a completion that has tokens a score of NaN or infinity.
         """
         if len(rollouts) % rollouts.group_size:
             raise ValueError(
                 f"reward {self.name!r}: {len(rollouts)} rows are not whole groups of {rollouts.group_size}. "
                 "Score parts of groups with .score, gather them, then apply .shape."
             )
-        return self.shape(self.score(rollouts, policy).view(-1, rollouts.group_size)).flatten()
+        scores_B = self.score(rollouts, policy)
+        if self.needs & _POLICY:
+            _refuse_nonfinite(self.name, scores_B, rollouts)
+        return self.shape(scores_B.view(-1, rollouts.group_size)).flatten()
 
 
-def compose(name: str, needs: str, signal: Score, *steps: Step, shape: Shape = unshaped) -> Reward:
+def _refuse_nonfinite(name: str, scores_B: Tensor, rollouts: Rollouts) -> None:
+    bad_B = ~scores_B.isfinite() & (rollouts.lengths_B > 0)
+    if bad_B.any():
+        row = int(bad_B.nonzero()[0])
+        raise FloatingPointError(
+            f"reward {name!r} is {scores_B[row].item()} for {int(bad_B.sum())} of {len(scores_B)} completions (first: "
+            f"row {row}, {int(rollouts.lengths_B[row])} tokens). The policy has probably diverged: look at its weights "
+            "and logits."
+        )
+
+
+def compose(name: str, needs: str | Collection[str], signal: Score, *steps: Step, shape: Shape = unshaped) -> Reward:
     """A reward from a signal, per-row steps applied left to right, and a group shape."""
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
@@ -70,7 +97,7 @@ def compose(name: str, needs: str, signal: Score, *steps: Step, shape: Shape = u
             scores = step(scores, rollouts)
         return scores.float()
 
-    return Reward(name=name, needs=frozenset({needs}), score=score, shape=shape)
+    return Reward(name=name, needs=frozenset({needs} if isinstance(needs, str) else needs), score=score, shape=shape)
 
 
 def times_length(power: float) -> Step:
@@ -94,6 +121,15 @@ def ranked(ties: Ties = "average") -> Shape:
         return rank(scores_PG, ties=ties)
 
     return shape
+
+
+def gated(shape: Shape, min_spread: float) -> Shape:
+    """The shape, with 0 for the groups whose scores spread too little; see `vigor.shaping.gate`."""
+
+    def gated_shape(scores_PG: Tensor) -> Tensor:
+        return gate(shape(scores_PG), scores_PG, min_spread=min_spread)
+
+    return gated_shape
 
 
 def from_values(values: list[float | None], like: Rollouts) -> Tensor:

@@ -22,6 +22,13 @@ from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
 
 
+def uniform_draws(rollouts: Rollouts, seed: int) -> Tensor:
+    """(B,) float32 in [0, 1), on the rollouts' device, from the counter-based stream of (seed, micro-step, row)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + rollouts.micro_step)
+    draws = torch.rand(rollouts.first_row + len(rollouts), generator=generator)[rollouts.first_row :]
+    return draws.to(rollouts.input_ids_BL.device)
+
+
 def random(*, p: float = 0.5, seed: int = 0) -> Reward:
     """1 with probability p, else 0.
 
@@ -32,8 +39,6 @@ def random(*, p: float = 0.5, seed: int = 0) -> Reward:
         raise ValueError(f"random: p must lie in [0, 1], got {p}.")
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + rollouts.micro_step)
-        draws = torch.rand(rollouts.first_row + len(rollouts), generator=generator)[rollouts.first_row :]
-        return (draws < p).float().to(rollouts.input_ids_BL.device)
+        return (uniform_draws(rollouts, seed) < p).float()
 
     return Reward(name="random", needs=frozenset(), score=score)

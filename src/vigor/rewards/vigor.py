@@ -17,7 +17,7 @@ Departures from the official code (a setting in brackets switches one back):
  5. All trainable parameters count; there those named "lora" alone, if there are any (`parameters="lora"`).
  6. Scores of completions that were cut off are handled by `VigorConfig.truncated`, within the group.
  7. With `accumulation="gradient_dtype"` the norm is rounded as there, but √T and the product stay in float32.
- 8. The optional weighting by entropy or token probability is not part of this reward (it is off in every recipe).
+ 8. The optional weighting by entropy or token probability, off in every recipe, is a reward of its own: `vigor_focal`.
 
 Command: vigor train --config lab --reward_funcs vigor
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vigor.gradnorm.loop import Accumulation
 from vigor.gradnorm.parameters import Parameters
-from vigor.rewards.base import Reward, Score, compose, negate, ranked, times_length
+from vigor.rewards.base import Reward, Score, compose, gated, negate, ranked, times_length
 from vigor.rollouts import Rollouts
 from vigor.shaping import Ties
 from vigor.signals import PolicyPass
@@ -53,6 +53,7 @@ def vigor(
     ties: Ties = "average",
     temperature: float | None = None,
     accumulation: Accumulation = "float32",
+    min_spread: float = 0.0,
 ) -> Reward:
     """VIGOR's reward; without arguments, the paper's.
 
@@ -61,9 +62,11 @@ def vigor(
         ties: "average" or "index", see `vigor.shaping.rank`.
         temperature: of the logits under the norm; None is the temperature of sampling.
         accumulation: "float32" or "gradient_dtype", see `vigor.gradnorm.sequence_grad_norms`.
+        min_spread: groups whose scores have a standard deviation below this share of their mean get reward 0; 0 gates
+            nothing, as in the paper.
 
     Raises:
-        ValueError: unknown `ties` or `accumulation`, or a temperature that is not positive.
+        ValueError: unknown `ties` or `accumulation`, a temperature that is not positive, or a negative min_spread.
     """
     if ties not in get_args(Ties) or accumulation not in get_args(Accumulation):
         raise ValueError(
@@ -72,11 +75,14 @@ def vigor(
         )
     if temperature is not None and not temperature > 0:
         raise ValueError(f"vigor: temperature must be positive, got {temperature}.")
+    if not min_spread >= 0:
+        raise ValueError(f"vigor: min_spread must not be negative, got {min_spread}.")
+    plain = parameters == "trainable" and temperature is None and accumulation == "float32"
     return compose(
         "vigor",
-        "grad_norm",
+        {"grad_norm", "full_norm"} if plain else "grad_norm",
         grad_norm(parameters, temperature, accumulation),
         times_length(0.5),
         negate,
-        shape=ranked(ties),
+        shape=gated(ranked(ties), min_spread) if min_spread else ranked(ties),
     )

@@ -1,0 +1,99 @@
+"""Unit tests: does the completion's code pass the tests that come with the prompt?
+
+Method: execution rewards as in DeepSeek-R1 (arXiv 2501.12948); the share of passed tests as in CURE
+(Gen-Verse/CURE@69fe174 `optimization/reward.py`).
+
+    reward(y) = 1[all tests pass]      or, with partial=True,      tests passed / tests
+
+The code is the last fenced block of the completion, or all of it where there is none.
+
+This release runs no code by itself: whoever names a `runner` answers for its isolation. A runner is a function
+
+    run(codes: list[str], tests: list[Any]) -> list[list[bool]]
+
+which says for each code which of its tests pass; `tests` holds the data set's cells.
+
+Departures from the papers:
+ 1. A row without tests has no reward (NaN).
+
+Command: vigor train --prompts my.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B
+         --reward_funcs "unit_tests(runner=my_sandbox.run)"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vigor.rewards.base import Reward, from_values
+from vigor.rewards.compose import column_of, imported
+from vigor.rollouts import Rollouts
+from vigor.signals import PolicyPass
+
+Runner = Callable[[list[str], list[Any]], Sequence[Sequence[bool]]]
+"""(codes, tests) -> for each code, whether it passes each of its tests."""
+
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+
+
+def code_of(text: str) -> str:
+    """The last fenced block of a completion; the whole text where there is none."""
+    blocks = _FENCED.findall(text)
+    return str(blocks[-1]) if blocks else text
+
+
+def runner_of(runner: Runner | str | None, reward: str) -> Runner:
+    """The function that runs the tests.
+
+    Raises:
+        ValueError: none was given, or the dotted path names none.
+    """
+    if runner is None:
+        raise ValueError(
+            f"reward {reward!r} runs generated code, and this release ships no sandbox. Name a function that runs it "
+            f'in isolation: "{reward}(runner=my_sandbox.run)", see `vigor methods unit_tests`.'
+        )
+    return imported(runner, reward) if isinstance(runner, str) else runner
+
+
+def run_tests(runner: Runner, texts: Sequence[str], tests: Sequence[Any], reward: str) -> list[list[bool] | None]:
+    """For each completion, which tests its code passes; None where there are no tests.
+
+    Raises:
+        ValueError: the runner answered for another number of codes.
+    """
+    rows = [i for i, cell in enumerate(tests) if cell]
+    verdicts = runner([code_of(texts[i]) for i in rows], [tests[i] for i in rows]) if rows else []
+    if len(verdicts) != len(rows):
+        raise ValueError(f"reward {reward!r}: the runner got {len(rows)} codes and answered for {len(verdicts)}.")
+    passed: list[list[bool] | None] = [None] * len(tests)
+    for i, verdict in zip(rows, verdicts, strict=True):
+        passed[i] = list(map(bool, verdict))
+    return passed
+
+
+def unit_tests(*, runner: Runner | str | None = None, column: str = "tests", partial: bool = False) -> Reward:
+    """1 if the code passes all its tests, else 0; NaN where the row has no tests.
+
+    Args:
+        runner: the function that runs the tests, or the dotted path to it. Required.
+        column: data set column with the tests, in the form that the runner reads.
+        partial: the share of passed tests instead.
+
+    Raises:
+        ValueError: no runner; when scoring, one that answers for another number of codes.
+    """
+    run = runner_of(runner, "unit_tests")
+
+    def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
+        values: list[float | None] = []
+        tests = column_of(rollouts, column, "unit_tests")
+        for passed in run_tests(run, rollouts.completion_texts, tests, "unit_tests"):
+            share = sum(passed) / len(passed) if passed else None
+            values.append(share if share is None or partial else float(share == 1.0))
+        return from_values(values, rollouts)
+
+    return Reward(name="unit_tests", needs=frozenset({"text"}), score=score, columns=(column,))
