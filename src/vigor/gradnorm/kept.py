@@ -62,7 +62,7 @@ class Kept:
     ) -> Float[Tensor, "B q p"] | None:
         """Keeps a linear use; returns the sequences' gradients if these are what it keeps."""
         T, p, q = a_BTp.shape[1], a_BTp.shape[2], g_BTq.shape[2]
-        each_Bqp = torch.bmm(wide(g_BTq).mT, wide(a_BTp)) if keeps_gradient(T, p, q) else None
+        each_Bqp = torch.bmm(wide(g_BTq).mT, wide(a_BTp)) if keeps_gradient(T, p, q, a_BTp.dtype.itemsize) else None
         kept = _Linear(rows, a_BTp, g_BTq, transposed) if each_Bqp is None else _Each(rows, each_Bqp, transposed)
         self.linear.setdefault(parameter, []).append(kept)
         return each_Bqp
@@ -93,9 +93,9 @@ class Kept:
             )
 
 
-def keeps_gradient(T: int, p: int, q: int) -> bool:
-    """Whether a sequence's gradient is smaller than its inputs and output gradients."""
-    return p * q <= T * (p + q)
+def keeps_gradient(T: int, p: int, q: int, size: int) -> bool:
+    """Whether a sequence's gradient, float32, is smaller than its inputs and output gradients of `size` bytes each."""
+    return 4 * p * q <= size * T * (p + q)
 
 
 class Gradients:

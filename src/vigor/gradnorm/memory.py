@@ -44,7 +44,7 @@ def fused_bytes(model: nn.Module, lengths_B: Tensor, counted_B: Tensor, *, dtype
             activations = size * used * T * (p + q)
             retain += int(activations * INTERMEDIATE) * (id(parameter) not in head)  # the head is run again
             if parameter.requires_grad:
-                keep += 4 * p * q if not experts and keeps_gradient(T, p, q) else activations
+                keep += 4 * p * q if not experts and keeps_gradient(T, p, q, size) else activations
     layers = [module for module in model.modules() if vars(module).get("gradient_checkpointing") and module.training]
     if layers:  # of each checkpointed layer its input, and one layer's graph at a time
         width = max(p.shape[-1] for p in model.parameters() if p.ndim == 2)

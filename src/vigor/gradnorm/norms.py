@@ -107,7 +107,8 @@ class Sketch:
             squares_B += self._square(self._project(self._signs(uses, g), a, g))
 
     def _signs(self, uses: Uses, g_BTq: Tensor) -> Float[Tensor, "q k"]:
-        seed = self.seed * 2**32 + zlib.crc32(uses.name.encode())
+        # A CPU generator looks at the low 32 bits of its seed only.
+        seed = zlib.crc32(f"{self.seed}/{uses.name}".encode())
         generator = torch.Generator(g_BTq.device).manual_seed(seed)
         shape = (g_BTq.shape[-1], self.projections)
         signs = torch.randint(0, 2, shape, generator=generator, device=g_BTq.device, dtype=torch.int8)
