@@ -14,6 +14,7 @@ import torch
 from helpers_trainer import dataset, lab_tokenizer, same_weights, table, tiny_model, trainer, weights
 from peft import LoraConfig
 
+from vigor.checkpoint import CheckpointError
 from vigor.rewards import get
 from vigor.rewards.agreement import (
     boxed_answer,
@@ -404,11 +405,11 @@ def test_a_resumed_run_has_the_teacher_of_an_uninterrupted_one(tmp_path: Path) -
     for name, tensor in whole._teacher.ema.state_dict().items():
         assert torch.equal(tensor, resumed._teacher.ema.state_dict()[name])
     assert table(tmp_path / "whole", 4)[TEACHER].tolist() == table(tmp_path / "resumed", 4)[TEACHER].tolist()
-    (tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "teacher.safetensors").unlink()
+    without = trainer(tmp_path / "without", "random", max_steps=6)
+    with pytest.raises(CheckpointError, match="EMA teacher: True → False"):
+        without.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoints" / "checkpoint-4"))
     with pytest.raises(FileNotFoundError, match=r"holds no teacher\.safetensors"):
-        make("again", max_steps=6).train(
-            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoints" / "checkpoint-4")
-        )
+        resumed._teacher.load(str(tmp_path))
 
 
 def test_one_teacher_a_run_and_no_column_of_its_name(tmp_path: Path) -> None:

@@ -336,6 +336,31 @@ def test_a_row_alone_does_not_settle_the_self_check() -> None:
         sequence_grad_norms(model, *batch(), method="batched")
 
 
+def test_the_self_check_waits_for_a_row_that_is_not_certain() -> None:
+    """A policy that gives one token nearly all probability has norms that are rounding errors: they prove nothing."""
+    model = build("qwen2-untied", torch.float32)
+    ids, attention, completion = batch()
+    ids[:, 4:] = torch.where(attention[:, 4:] == 1, 7, 0)
+    weight = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = nn.Parameter(torch.zeros(VOCABULARY), requires_grad=False)
+        model.lm_head.bias[7] = 60.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norms = sequence_grad_norms(model, ids, attention, completion)
+    assert isinstance(norms, Tensor) and norms[:5].max() < 1e-4
+    calls: list[int] = []
+    with torch.no_grad():
+        model.lm_head.weight.copy_(weight)
+        model.lm_head.bias.zero_()
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
+    sequence_grad_norms(model, *batch())
+    assert len(calls) == 2  # the pass, and the row that is compared now
+    sequence_grad_norms(model, *batch())
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

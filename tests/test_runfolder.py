@@ -12,6 +12,7 @@ import yaml
 from helpers_trainer import PROMPTS, config, dataset, lab_tokenizer, save_tiny, table, trainer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
+from vigor.checkpoint import MARKER, WRITING, commit
 from vigor.cli import main
 from vigor.progress import SHOWN_LINES, MetricsFile, ProgressBar, StepClock, describe
 from vigor.runfolder import RunFolder, RunFolderError, environment
@@ -164,12 +165,15 @@ def test_a_used_folder_is_refused_with_both_remedies(run: Path) -> None:
 
 
 def test_resuming_takes_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-last"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    for step in (9, 10):
-        (tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        written = root / WRITING / name
+        written.mkdir(parents=True)
+        (written / "trainer_state.json").write_text("{}")
+        commit(root, name, {})
+    (root / "checkpoint-11" / MARKER).unlink()
     folder = RunFolder.open(tmp_path, resume=True)
-    assert folder.last_checkpoint() == tmp_path / "checkpoints" / "checkpoint-10"
+    assert folder.last_checkpoint(hashes=False)[0] == tmp_path / "checkpoints" / "checkpoint-10"
 
 
 def test_resuming_nothing_is_refused(tmp_path: Path) -> None:

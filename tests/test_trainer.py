@@ -530,7 +530,7 @@ def test_a_diverged_policy_stops_the_run_and_names_the_reward(tmp_path: Path, na
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
     made = trainer(tmp_path, name, model=model, completions=DISTINCT)
-    with pytest.raises(FloatingPointError, match=rf"reward '{name}' is nan at step 0 for 8 of 8.*learning_rate"):
+    with pytest.raises(FloatingPointError, match=rf"step 1: reward '{name}' is nan for 8 of 8.*learning_rate"):
         made.train()
 
 

@@ -101,6 +101,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Spy:
         ("_get_eval_sampler", ["self", "eval_dataset"]),
         ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_log_completion_extra", ["self", "column", "values"]),
         ("_log_metric", ["self", "name", "value"]),
     ],
@@ -224,3 +229,48 @@ def test_checkpoints_and_their_rotation_go_through_get_output_dir(trained: Spy, 
         inspect.getsource(base._save_checkpoint) for base in GRPOTrainer.__mro__ if "_save_checkpoint" in vars(base)
     )
     assert "self._get_output_dir(" in source, "checkpoints are no longer written to _get_output_dir()."
+
+
+def source(method: str) -> str:
+    """The code of a method in every class that GRPOTrainer inherits it from."""
+    return "\n".join(inspect.getsource(vars(base)[method]) for base in GRPOTrainer.__mro__ if method in vars(base))
+
+
+def test_a_checkpoint_is_written_under_the_name_that_is_committed() -> None:
+    text = source("_save_checkpoint")
+    assert 'checkpoint_folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in text
+    assert text.index("self._save_optimizer_and_scheduler(") < text.index("self._push_from_checkpoint("), (
+        "_save_checkpoint no longer saves the optimizer, then pushes: vigor/trainer.py pushes after the commit."
+    )
+    assert "shutil.rmtree(checkpoint" not in text, "_save_checkpoint deletes by itself; vigor/checkpoint.py rotates."
+
+
+def test_the_gradient_norm_is_asked_for_between_backward_and_the_optimizers_step() -> None:
+    text = source("_run_epoch")
+    steps = ["self.training_step(", "self._clip_grad_norm(", "self._get_grad_norm(", "self.optimizer.step()",
+             "model.zero_grad()", "self.callback_handler.on_step_end("]  # fmt: skip
+    assert [text.count(step) for step in steps] == [1] * len(steps), "the training loop has another shape."
+    assert sorted(steps, key=text.index) == steps, "the training loop has another order; vigor/guard.py relies on it."
+
+
+def test_the_engines_counters_are_set_before_the_callbacks_see_training_begin() -> None:
+    text = source("_inner_training_loop")
+    counters = ["self._tr_loss =", "self._globalstep_last_logged =", "self._prepare_for_training("]
+    assert all(text.index(name) < text.index("on_train_begin(") for name in counters), (
+        "on_train_begin no longer comes after the counters that vigor/resume.py restores."
+    )
+    assert "_load_optimizer_and_scheduler(resume_from_checkpoint)" in source("_prepare_for_training")
+
+
+def test_what_is_saved_beside_the_engines_state_has_its_place(trained: Spy) -> None:
+    for name in ("_step", "_buffered_inputs", "_tr_loss", "_globalstep_last_logged", "_logs", "_metrics"):
+        assert name in vars(trained), f"TRL's GRPOTrainer has no {name} any more; vigor/resume.py saves it."
+    text = source("_prepare_inputs")
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in text
+    assert "self._buffered_inputs[self._step % self.args.steps_per_generation]" in text
+
+
+def test_nothing_of_a_checkpoint_is_unpickled() -> None:
+    for method in ("_load_from_checkpoint", "_load_rng_state", "_load_optimizer_and_scheduler"):
+        assert "weights_only=False" not in source(method), f"{method} unpickles."
+        assert source(method).count("torch.load(") == source(method).count("weights_only=True"), f"{method} unpickles."

@@ -63,6 +63,14 @@ class VigorConfig(GRPOConfig):
             "choices": list(FUSED),
         },
     )
+    max_skipped_updates: int = field(
+        default=0,
+        metadata={
+            "help": "Updates of a run that may be left out because the loss, the gradient norm or a reward is NaN or "
+            "infinite in any process; the next one stops the run. 0: the first stops it. The weights stay untouched, "
+            "and the batch is written to dumps/ (`vigor replay`)."
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the argument parser takes None in first place only
         default="none", metadata={"help": "Trackers to mirror the metrics to: none, wandb, trackio, tensorboard …"}
     )

@@ -5,6 +5,8 @@ environment.json    versions, hardware, command, commit
 metrics.jsonl       one line a log: step and every metric
 completions/        one parquet file a log: text, every reward, advantage, length, truncated
 checkpoints/        what training can resume from
+dumps/              steps that the guard stopped: `vigor replay`
+run.lock            held by the process that writes here
 model/              the trained model and its tokenizer
 results.json        accuracies before and after, where they are known
 report.html         the run on one page
@@ -26,6 +28,9 @@ from typing import Any
 
 import yaml
 
+from vigor.checkpoint import Rejected, newest, write_durably
+
+LOCK = "run.lock"
 PACKAGES = ("vigor-rl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "math-verify")
 
 
@@ -49,36 +54,38 @@ class RunFolder:
         folder = cls(Path(path))
         if folder.path.exists() and not folder.path.is_dir():
             raise RunFolderError(f"{path} is a file. Name a folder with --output_dir.")
-        used = folder.path.is_dir() and any(folder.path.iterdir())
+        used = folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir())
         if used and not resume:
             raise RunFolderError(
                 f"{path} is not empty. Continue that run with --resume, or start another with a new --output_dir."
             )
-        if resume and folder.last_checkpoint() is None:
+        found, rejected = folder.last_checkpoint(hashes=False) if resume else (None, [])
+        if resume and found is None:
             raise RunFolderError(
                 f"--resume: {folder.path / 'checkpoints'} holds no checkpoint. Start anew without --resume, in a new "
                 "--output_dir; checkpoints are written every --save_steps optimizer steps."
+                + "".join(f"\n  {each}" for each in rejected)
             )
         return folder
 
-    def last_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest step, if there is any."""
-        steps = {
-            int(p.name.removeprefix("checkpoint-")): p
-            for p in (self.path / "checkpoints").glob("checkpoint-*")
-            if p.name.removeprefix("checkpoint-").isdigit() and (p / "trainer_state.json").is_file()
-        }
-        return steps[max(steps)] if steps else None
+    def last_checkpoint(self, *, hashes: bool = True) -> tuple[Path | None, list[Rejected]]:
+        """The whole checkpoint of the highest step, if there is any, and those passed over."""
+        return newest(self.path / "checkpoints", hashes=hashes)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has written the last of its files."""
+        return (self.path / "results.json").is_file() and (self.path / "report.html").is_file()
 
     def start(self, config: dict[str, Any]) -> None:
         """Makes the folder and writes config.yaml and environment.json."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "utf-8")
+        write_durably(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self.write_json("environment.json", environment())
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file into the folder."""
-        (self.path / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_durably(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:
         """The contents of a JSON file of the folder."""

@@ -8,6 +8,10 @@ The algorithm is TRL's; what we override, and what each override relies on:
     _compute_loss                     asks for the log-probabilities of its inputs through the next, once
     _get_per_token_logps_and_entropies    (model, input_ids, attention_mask, logits_to_keep, …) -> (logps, entropies, aux)
     _get_output_dir                   the folder that checkpoints are written to and rotated in
+    _save_checkpoint                  (model, trial) writes checkpoint-N there, in every process; rotation at its end
+    _push_from_checkpoint             with that folder, at the end of the former
+    _get_grad_norm                    (model, grad_norm), once, between the backward passes and the optimizer's step
+    train                             with the checkpoint to resume from first; calls _load_optimizer_and_scheduler
     _generate_single_turn             (prompt_ids, images, fields, num_generations) -> (ids, logps); also for a teacher
     _get_train_sampler, _get_eval_sampler    RepeatSampler(data_source, mini_repeat_count, batch_size, repeat_count, …)
     _save_optimizer_and_scheduler, _load_optimizer_and_scheduler     with the folder of a checkpoint
@@ -35,6 +39,8 @@ from vigor.config import VigorConfig
 from vigor.data import encode_prompt
 from vigor.fusion import FUSED_ROW, Fusion
 from vigor.groupmetrics import top_quarter_accuracy, within_group_auc
+from vigor.guard import Guard
+from vigor.resume import Checkpoints
 from vigor.rewards.base import TEACHER, Reward, unshaped
 from vigor.rewards.compose import annealed_weights
 from vigor.rollouts import BatchTexts, Rollouts, text_of
@@ -99,6 +105,10 @@ class VigorTrainer(GRPOTrainer):
         self._check_policy_rewards()
         self._fusion = Fusion(self, list(self._rewards.values()))
         self._teacher = self._make_teacher()
+        self._guard = Guard(self)
+        self._checkpoints = Checkpoints(self)
+        self.add_callback(self._checkpoints)
+        self.sampler: Any = None
         self._seconds = {"generation": 0.0, "reward": 0.0}
 
     # Rollouts ---------------------------------------------------------------------------------------------------------
@@ -131,6 +141,7 @@ class VigorTrainer(GRPOTrainer):
     ) -> Tensor:
         """Scores of the local rows by every reward, gathered, then each of ours shaped within whole groups."""
         started = time.perf_counter()
+        self._guard.new_rollouts()
         self._anneal_weights()
         rollouts = self._rollouts(inputs, prompts, completions, completion_ids_list)
         self._policy = PolicyPass(
@@ -145,6 +156,7 @@ class VigorTrainer(GRPOTrainer):
         )
         # The functions that _bind made read self._policy; TRL gathers what they return.
         gathered = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._report_infinite(gathered)
         shaped = self._shape(gathered, rollouts)
         self._fusion.take(self._policy, self._prompt_ids)
         del self._policy
@@ -157,11 +169,21 @@ class VigorTrainer(GRPOTrainer):
         def score(**_: Any) -> list[float]:
             with self.accelerator.autocast():
                 scores = reward.score(self._policy.rollouts, self._policy)
-            _refuse_nonfinite(reward, scores, self._policy.rollouts, self.state.global_step)
+            if trouble := _nonfinite(reward, scores, self._policy.rollouts):
+                if not self.model.training:
+                    raise FloatingPointError(f"evaluation at step {self.state.global_step}: {trouble}.")
+                self._guard.reward_trouble(trouble)
             return scores.tolist()
 
         score.__name__ = reward.name
         return score
+
+    def _report_infinite(self, gathered: Tensor) -> None:
+        """Tells the guard of weighted rewards that are infinite; NaN is a row without an opinion."""
+        counts = (gathered.isinf().sum(0) * (self.reward_weights.to(gathered.device) != 0)).tolist()
+        for name, count in zip(self.reward_func_names, counts, strict=True):
+            if count and self.model.training and not self._guard.troubled:
+                self._guard.reward_trouble(f"reward {name!r} is infinite for {count} of {len(gathered)} completions")
 
     def _rollouts(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
@@ -291,7 +313,7 @@ class VigorTrainer(GRPOTrainer):
         logged = self._logs["advantages"]
         for i, keep in enumerate(self._informative.tolist(), start=len(logged) - len(self._informative)):
             logged[i] = logged[i] if keep else 0.0
-        if self._fusion.ready:
+        if self._fusion.ready and not self._guard.troubled:
             output[FUSED_ROW] = torch.arange(len(inputs), device=self.accelerator.device)
         return output
 
@@ -299,7 +321,14 @@ class VigorTrainer(GRPOTrainer):
         """TRL's loss; the log-probabilities of rows that the scoring pass kept come from there, gradient and all."""
         self._fusion.rows = inputs.get(FUSED_ROW)
         loss: Tensor = super()._compute_loss(model, inputs)
+        if self.model.training:
+            self._guard.saw(inputs, loss)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._guard.before_update(model, norm)
+        return norm
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: Any, *args: Any, **kwargs: Any
@@ -314,6 +343,10 @@ class VigorTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Two wordings of a question stay in one generation batch, where a reward compares them."""
+        self.sampler = self._make_train_sampler(dataset)
+        return self.sampler
+
+    def _make_train_sampler(self, dataset: Any) -> Any:
         data = self.train_dataset if dataset is None else dataset
         if (column := self._twin_column) is None:
             return super()._get_train_sampler(dataset)
@@ -336,13 +369,46 @@ class VigorTrainer(GRPOTrainer):
         """The column that pairs two wordings of a question, where a reward needs both."""
         return next((reward.columns[0] for reward in self._rewards.values() if "twin" in reward.needs), None)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in the engine; a checkpoint is resumed from only if it is whole. True: the newest that is.
+
+        Raises:
+            CheckpointError: there is none, or it was written with other settings or another number of processes.
+            NonFiniteError: see `VigorConfig.max_skipped_updates`.
+        """
+        path = self._checkpoints.verified(self._get_output_dir(None), resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=path, **kwargs)
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Takes the weights of a checkpoint, without its optimizer: for a run that has only its end to do.
+
+        Raises NotImplementedError where the weights are sharded.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError(f"{checkpoint} holds all steps; its sharded weights are loaded by training only.")
+        self._load_from_checkpoint(checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The engine's checkpoint, written aside and committed as a whole."""
+        write = super()._save_checkpoint
+        self._checkpoints.save(self._get_output_dir(trial), lambda: write(model, trial))
+        if self.args.push_to_hub:
+            path = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            super()._push_from_checkpoint(path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Left to the end of `_save_checkpoint`: what is uploaded in the background must stay where it is."""
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        self._checkpoints.write_state(output_dir)
         if self._teacher is not None and self.args.should_save:
             self._teacher.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._checkpoints.read_state(checkpoint)
         if self._teacher is not None and checkpoint is not None:
             self._teacher.load(checkpoint)
 
@@ -366,7 +432,7 @@ class VigorTrainer(GRPOTrainer):
         return teacher
 
     def _get_output_dir(self, trial: Any) -> str:
-        return os.path.join(super()._get_output_dir(trial), "checkpoints")
+        return self._checkpoints.folder(os.path.join(super()._get_output_dir(trial), "checkpoints"))
 
     @property
     def _micro_step(self) -> int:
@@ -435,17 +501,18 @@ def _check_columns(ours: Any, dataset: Any) -> None:
             )
 
 
-def _refuse_nonfinite(reward: Reward, scores: Tensor, rollouts: Rollouts, step: int) -> None:
+def _nonfinite(reward: Reward, scores: Tensor, rollouts: Rollouts) -> str | None:
+    """What is wrong with scores that are infinite, or NaN where the policy's own numbers make them."""
     bad = scores.isinf()
     if reward.needs & (_POLICY - {"reference_logps"}):  # a row without a reference has no opinion
         bad |= scores.isnan() & (rollouts.lengths_B > 0)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise FloatingPointError(
-            f"reward {reward.name!r} is {scores[row].item()} at step {step} for {int(bad.sum())} of {len(scores)} "
-            f"completions (first: row {row}, {int(rollouts.lengths_B[row])} tokens). The policy has probably diverged: "
-            "look at its weights, lower learning_rate, or train in float32 or bfloat16 rather than float16."
-        )
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    return (
+        f"reward {reward.name!r} is {scores[row].item()} for {int(bad.sum())} of {len(scores)} completions (first: row "
+        f"{row}, {int(rollouts.lengths_B[row])} tokens)"
+    )
 
 
 def _row_keys(rollouts: Rollouts) -> Tensor:

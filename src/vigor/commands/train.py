@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vigor import recipes
+from vigor.checkpoint import CheckpointError, locked, step_of
 from vigor.commands.arguments import TrainArguments
 
 if TYPE_CHECKING:
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
 _TAKEN = ("prompts", "completions", "completion", "completion_ids", "image", "images", "trainer_state", "log_extra",
           "log_metric", "environment", "environments", "tools")  # fmt: skip
 """Data set columns that TRL would read as its own keyword or as pictures."""
+_SEALED = {"model_name_or_path", "model_revision", "dtype", "use_peft", "load_in_4bit", "load_in_8bit", "prompts",
+           "prompt_column", "prompt_split", "system_prompt", "max_prompts", "max_prompt_length",
+           "skip_bad_rows"}  # fmt: skip
+"""Settings that a resumed run shares with its beginning, besides those that every checkpoint holds."""
+_FREE = {"resume", "dry_run", "output_dir", "env", "logging_dir"}
+"""Settings that do not touch the course of a run."""
+_NO_WRITING = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -45,15 +54,22 @@ class Job:
     data: PromptData
     rewards: list[Any]
     folder: RunFolder
+    checkpoint: Path | None
+    """What to resume from."""
+    trained: bool
+    """All steps are done; only the model and the report are missing."""
 
 
 def train(argv: Sequence[str]) -> int:
-    """Runs `vigor train` with these arguments; returns the exit status (0 done, 1 refused with a message)."""
+    """Runs `vigor train` with these arguments.
+
+    Returns the exit status: 0 done, 1 refused or stopped with a message, 143 or 130 stopped by SIGTERM or SIGINT.
+    """
     try:
         argv, config = read_config(argv)
     except (OSError, ValueError) as error:
         return _refuse(error)
-    _quiet_third_parties()
+    quiet_third_parties()
     try:
         job = prepare(argv, config)
     except (OSError, ValueError) as error:
@@ -61,9 +77,18 @@ def train(argv: Sequence[str]) -> int:
     if job.run.dry_run:
         print(plan(job))
         return 0
-    run(job)
+    try:
+        status = run(job)
+    except (CheckpointError, FloatingPointError) as error:
+        status = _refuse(error)
+    except KeyboardInterrupt:
+        status = 130
+    except OSError as error:
+        if error.errno not in _NO_WRITING:
+            raise
+        status = _refuse(OSError(f"{error}. Nothing more can be written there; make room, and continue with --resume."))
     leave_process_group()
-    return 0
+    return status
 
 
 def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -124,6 +149,7 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
             "--config lab."
         )
     folder = RunFolder.open(args.output_dir, resume=run.resume)
+    checkpoint = _resumed_from(folder, args, settings) if run.resume else None
     model = _model_path(model_args.model_name_or_path)
     args.reward_weights = _weights(run.reward_funcs, args.reward_weights)
     rewards = [_reward(name) for name in run.reward_funcs]
@@ -147,8 +173,8 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
         if args.reward_weights_final is not None:
             args.reward_weights_final.append(0.0)
     _check_rewards(rewards, args.reward_weights, data.dataset.column_names)
-    _check_length(run, args, data.n_rows, folder)
-    return Job(run, args, model_args, settings, model, tokenizer, data, rewards, folder)
+    trained = _check_length(args, data.n_rows, folder, checkpoint)
+    return Job(run, args, model_args, settings, model, tokenizer, data, rewards, folder, checkpoint, trained)
 
 
 def plan(job: Job) -> str:
@@ -180,17 +206,33 @@ def plan(job: Job) -> str:
     return f"{head}\n{body}\nfolder        {job.folder.path} (not made: this is a dry run)"
 
 
-def run(job: Job) -> None:
-    """Loads the model, trains it, saves it, and writes the run folder."""
+def run(job: Job) -> int:
+    """Loads the model, trains it, saves it, and writes the run folder; returns the exit status.
+
+    Raises:
+        CheckpointError: the folder is another run's, or a checkpoint cannot be written or resumed from.
+        NonFiniteError: see `VigorConfig.max_skipped_updates`.
+    """
+    from vigor.runfolder import LOCK, RunFolder
+
+    if not job.args.distributed_state.is_main_process:
+        return _run(job)
+    with locked(job.folder.path, LOCK):
+        if not job.run.resume:
+            RunFolder.open(job.folder.path)  # another run may have come and gone since it was found free
+        return _run(job)
+
+
+def _run(job: Job) -> int:
     from transformers import PrinterCallback
     from trl import get_peft_config, get_quantization_config
 
+    from vigor.interrupt import Interrupt, exit_status
     from vigor.progress import MetricsFile, ProgressBar, StepClock
     from vigor.report import print_results, write_report
     from vigor.trainer import VigorTrainer
 
-    args, folder = job.args, job.folder
-    checkpoint = folder.last_checkpoint() if job.run.resume else None
+    args, folder, checkpoint = job.args, job.folder, job.checkpoint
     args.distributed_state.wait_for_everyone()  # the trainer makes the folder: not before every process found it free
     args.disable_tqdm = True
     args.model_init_kwargs = {
@@ -213,13 +255,22 @@ def run(job: Job) -> None:
         if job.data.n_bad_rows:
             print(f"{job.data.n_bad_rows:,} bad rows left out of {job.data.source}.")
     trainer.remove_callback(PrinterCallback)
-    for callback in (StepClock(trainer), MetricsFile(folder), ProgressBar(trainer.reward_func_names)):
+    interrupt = Interrupt(trainer)
+    for callback in (StepClock(trainer), MetricsFile(folder), ProgressBar(trainer.reward_func_names), interrupt):
         trainer.add_callback(callback)
 
     main = trainer.accelerator.is_main_process
     before = _lab_scores(job, trainer, "before") if main else {}
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if job.trained:
+        trainer.load_weights(str(checkpoint))
+    else:
+        with interrupt.catching():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if interrupt.stopped_by is not None:
+        step = trainer.state.global_step
+        trainer.say(f"Stopped after step {step}, which is saved. Continue with --resume --output_dir {folder.path}")
+        return exit_status(interrupt.stopped_by)
     trainer.save_model(str(folder.path / "model"))
     after = _lab_scores(job, trainer, "after") if main else {}
     if main:
@@ -227,6 +278,7 @@ def run(job: Job) -> None:
         write_report(folder)
         print_results(folder)
     trainer.accelerator.wait_for_everyone()
+    return 0
 
 
 def leave_process_group() -> None:
@@ -308,8 +360,55 @@ def _check_rewards(rewards: list[Any], weights: list[float], columns: list[str])
                 )
 
 
-def _check_length(run: TrainArguments, args: VigorConfig, n_prompts: int, folder: RunFolder) -> None:
-    """Refuses runs without a step to do."""
+def _resumed_from(folder: RunFolder, args: VigorConfig, settings: dict[str, Any]) -> Path:
+    """The newest whole checkpoint, if it fits the settings; tells which were passed over and what has changed.
+
+    Raises ValueError: nothing is whole, or a setting differs that makes the checkpoint another run's.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from vigor.checkpoint import about
+    from vigor.resume import FIXED, differences, refuse_processes
+
+    main = args.distributed_state.is_main_process
+    found: list[Any] = [*folder.last_checkpoint()] if main else [None, []]
+    if args.distributed_state.num_processes > 1:
+        broadcast_object_list(found)
+    path, rejected = found
+    for each in rejected if main else ():
+        print(each, file=sys.stderr)
+    if path is None:
+        raise ValueError(f"--resume: {folder.path / 'checkpoints'} holds no whole checkpoint. Start anew.")
+    try:
+        refuse_processes(path, about(path), args.distributed_state.num_processes)
+    except CheckpointError as error:
+        raise ValueError(f"--resume: {error}") from error
+    if not (folder.path / "config.yaml").is_file():
+        raise ValueError(f"--resume: {folder.path / 'config.yaml'} is missing, so the run's settings are not known.")
+    before = yaml.safe_load((folder.path / "config.yaml").read_text("utf-8"))
+    sealed: dict[str, tuple[Any, Any]] = {}
+    free: dict[str, tuple[Any, Any]] = {}
+    for name in (before.keys() | settings.keys()) - _FREE:
+        fixed = name in _SEALED or name in FIXED or name.startswith("lora_")
+        (sealed if fixed else free)[name] = before.get(name), yaml.safe_load(yaml.safe_dump(settings.get(name)))
+    if changed := differences(*_sides(sealed)):
+        raise ValueError(
+            f"--resume: {folder.path} was started with other settings: {', '.join(changed)}. The checkpoint's place in "
+            "the prompts, its optimizer state or its weights would be those of another run. Set them back; or start a "
+            f"new run from its weights, with --model_name_or_path {path} and a new --output_dir."
+        )
+    if main and (changed := differences(*_sides(free))):
+        print(f"Resuming with other settings than before: {', '.join(changed)}. The run goes on with the new ones.")
+    return Path(path)
+
+
+def _sides(pairs: dict[str, tuple[Any, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = sorted(pairs)
+    return {name: pairs[name][0] for name in names}, {name: pairs[name][1] for name in names}
+
+
+def _check_length(args: VigorConfig, n_prompts: int, folder: RunFolder, checkpoint: Path | None) -> bool:
+    """Refuses runs without a step to do, and returns whether only the end is missing: the model and the report."""
     from vigor.plan import total_steps
 
     needed = args.generation_batch_size // args.num_generations
@@ -319,10 +418,11 @@ def _check_length(run: TrainArguments, args: VigorConfig, n_prompts: int, folder
             f"{args.num_generations} = {needed} prompts. Lower per_device_train_batch_size or "
             "gradient_accumulation_steps, or bring more prompts."
         )
-    checkpoint = folder.last_checkpoint() if run.resume else None
+    trained = False
     if checkpoint is not None:
-        done, steps = int(checkpoint.name.removeprefix("checkpoint-")), total_steps(args, n_prompts)
-        if done >= steps:
+        done, steps = step_of(checkpoint), total_steps(args, n_prompts)
+        trained = done >= steps
+        if trained and folder.finished:
             raise ValueError(
                 f"--resume: {folder.path} is finished, {done} of {steps} steps. To go on, raise --max_steps or "
                 "--num_train_epochs."
@@ -332,6 +432,7 @@ def _check_length(run: TrainArguments, args: VigorConfig, n_prompts: int, folder
             "eval_strategy: vigor train scores no data set while it trains. Leave it 'no', and score checkpoints "
             "afterwards."
         )
+    return trained
 
 
 def _listed(config: dict[str, Any], parser: Any) -> dict[str, Any]:
@@ -396,7 +497,7 @@ def _default_folder(config: dict[str, Any]) -> str:
     return str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def _quiet_third_parties() -> None:
+def quiet_third_parties() -> None:
     """Deprecation notes between transformers and TRL are not the user's to mend."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\b")
     from datasets import disable_progress_bars

@@ -110,7 +110,9 @@ class Pass:
             assert self.indices is not None
             row_B = torch.tensor(self.indices[part.rows], device=z_BTV.device)
             row_N = row_B[:, None].expand_as(part.real_BT)[part.real_BT]
-            self.on_logits(row_N, part.at_BT[part.real_BT] + 1, z_BTV[part.real_BT], part.targets_BT[part.real_BT])
+            even = len(set(self.lengths[part.rows])) == 1  # then there is no padding, and no need to copy all logits
+            z_NV = z_BTV.flatten(0, 1) if even else z_BTV[part.real_BT]
+            self.on_logits(row_N, part.at_BT[part.real_BT] + 1, z_NV, part.targets_BT[part.real_BT])
         log_probs_BTV = z_BTV.log_softmax(-1)
         logps_BT = log_probs_BTV.gather(-1, part.targets_BT[..., None]).squeeze(-1)
         weights_BT1 = (weights_BT / self.temperature).to(z_BTV.dtype)[..., None]

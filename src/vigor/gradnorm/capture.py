@@ -105,9 +105,10 @@ class Capture:
         return copy.expand(-1, self.length, -1).flatten(0, 1) if flat else copy
 
     def add_vector(self, parameter: int, gradient_Bd: Tensor) -> None:
-        """A vector's gradient, once a sequence; uses add up."""
+        """The gradient of a vector, or of a small array laid out as one, once a sequence; uses add up."""
         if self.gradients is not None:
-            self.gradients.add(parameter, gradient_Bd.sum(0))
+            shape = self.parameters[self.names[parameter]].shape
+            self.gradients.add(parameter, gradient_Bd.sum(0).view(shape))
             return
         if parameter not in self.vectors:
             dtype = torch.promote_types(gradient_Bd.dtype, torch.float32)

@@ -31,6 +31,10 @@ ENOUGH, PADDING = 256, 0.15
 """Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
 
+CERTAIN = 1e-4
+"""Norms below this have the size of rounding errors; those of text that a model may sample are 0.1 and more."""
+
+
 class SelfCheckFailed(RuntimeError):
     """The batched method disagreed with the loop on this model."""
 
@@ -81,8 +85,7 @@ class Engine:
         try:
             unchecked = self_check and verdicts.get(self.key) is not True
             results, together = self.batched(micro_batch, unchecked=unchecked)
-            if unchecked:
-                self.compare(results, together)
+            conclusive = self.compare(results, together) if unchecked else False
         except (UnsupportedModule, SelfCheckFailed) as error:
             self.passes.clear()
             verdicts[self.key] = False
@@ -90,7 +93,7 @@ class Engine:
                 raise
             warnings.warn(f"{error} Falling back to the loop for this model.", stacklevel=4)
             return self.loop()
-        if self_check and together:
+        if conclusive and together:
             verdicts[self.key] = True
         return results
 
@@ -136,8 +139,10 @@ class Engine:
             indices=batch,
         )
 
-    def compare(self, results: list[Result], together: list[int]) -> None:
+    def compare(self, results: list[Result], together: list[int]) -> bool:
         """Compares the shortest row, of those with company, with the loop: its norm and, where kept, its gradient.
+
+        Returns whether that says anything: the norm of a row that is all but certain is rounding error, 1 - π.
 
         Raises:
             SelfCheckFailed: they differ.
@@ -151,9 +156,11 @@ class Engine:
             self.model, self.rows[b], list(self.parameters.values()), temperature=self.settings.temperature
         )
         expected = _norm(gradients).to(norm.dtype)
+        if torch.maximum(norm, expected) < CERTAIN:
+            return False
         self.refuse_beyond(((norm - expected).abs() / _positive(expected)).item(), "norm", norm, expected, b)
         if expected.isnan():
-            return
+            return False
         for scored, batch in self.passes:
             if b in batch:
                 found = scored.row_gradients(batch.index(b))
@@ -161,6 +168,7 @@ class Engine:
                     found, gradients, self.parameters.values(), strict=True)]  # fmt: skip
                 error = (_norm(off) / _positive(_norm(gradients))).item()
                 self.refuse_beyond(error, "update", _norm(found), expected, b)
+        return True
 
     def refuse_beyond(self, error: float, what: str, found: Tensor, expected: Tensor, b: int) -> None:
         if not error <= self.tolerance and not (expected.isnan() and found.isnan()):

@@ -124,7 +124,8 @@ class FusedNorms:
         """Raises RuntimeError unless the tokens of each row have one weight."""
         for b, i in self._owner.items():
             weights_T = self._weights[i]
-            if not (weights_T.amax() - weights_T.amin() <= SAME * weights_T.abs().amax()):
+            # What is not finite is let through: it makes the gradient so, and whoever watches that says why.
+            if weights_T.amax() - weights_T.amin() > SAME * weights_T.abs().amax():
                 raise RuntimeError(
                     f"fused update: the tokens of row {b} have different weights, from {weights_T.min().item():.6g} to "
                     f"{weights_T.max().item():.6g}, but 'keep' needs one weight a row (importance ratio 1, no KL term, "

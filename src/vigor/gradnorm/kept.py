@@ -78,7 +78,7 @@ class Kept:
     def gradient(self, key: int, parameter: Tensor, weights_B: Tensor, vectors_Bd: Tensor | None) -> Iterator[Tensor]:
         """The parts of Σ_b w_b ∇_b for one parameter, each of its shape."""
         if vectors_Bd is not None:
-            yield weights_B.to(vectors_Bd.dtype) @ vectors_Bd
+            yield (weights_B.to(vectors_Bd.dtype) @ vectors_Bd).view(parameter.shape)
         for use in self.linear.get(key, []):
             yield use.gradient(weights_B)
         if key in self.experts:

@@ -1,4 +1,4 @@
-"""Scores a model on a task of the lab: greedy, sampled and majority accuracy, with 95 % intervals.
+"""Scores a model on a task of the lab: greedy, sampled, best-of-k and majority accuracy, with 95 % intervals.
 
 Evaluating changes nothing: the model keeps its mode, the global random states stay as they were.
 """
@@ -41,14 +41,25 @@ class LabScore:
     """Share of the samples that box an answer."""
     mean_length: float
     """Mean tokens of a sample, EOS included."""
+    repetition: float
+    """Mean share of a sample's token 3-grams that came before in it."""
+    pass_at_k: dict[int, float]
+    """Share of the prompts that k samples solve at least once, for k = 1, 2, 4 … up to ``n_samples``; without bias."""
+    majority_at_k: dict[int, float]
+    """Accuracy of the most frequent boxed answer of k samples, for the same k."""
     greedy_interval: Interval
     """Wilson."""
     sampled_interval: Interval
     """Wilson with the effective number of samples: those of one prompt are not independent."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, intervals as two-element lists: what JSON can hold."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The fields, intervals as two-element lists and the k of ``..._at_k`` as text: what JSON can hold."""
+        fields: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+        for key in ("pass_at_k", "majority_at_k"):
+            fields[key] = {str(k): share for k, share in fields[key].items()}
+        return fields
 
 
 def evaluate(
@@ -70,6 +81,9 @@ def evaluate(
     ``batch_size`` counts prompts. Raises ValueError where there is nothing to score or to sample.
     """
     import torch
+
+    from vigor.rewards.agreement import majority_at_k
+    from vigor.rewards.repetition import repeated_share
 
     from .decode import complete
 
@@ -107,6 +121,7 @@ def evaluate(
     shares = [guesses[1:].count(answer) / n_samples for guesses, answer in zip(found, answers, strict=True)]
     samples = [completion for group in groups for completion in group[1:]]
     n_tokens = sum(len(completion.token_ids) for completion in samples)
+    ks = [2**i for i in range(n_samples.bit_length())]
     greedy = sum(greedy_right) / n_prompts
     return LabScore(
         task=task,
@@ -118,9 +133,26 @@ def evaluate(
         entropy=sum(completion.entropy for completion in samples) / n_tokens,
         boxed=sum(guess is not None for guesses in found for guess in guesses[1:]) / len(samples),
         mean_length=n_tokens / len(samples),
+        repetition=sum(repeated_share(list(completion.token_ids), 3) for completion in samples) / len(samples),
+        pass_at_k={k: sum(pass_at_k(n_samples, round(s * n_samples), k) for s in shares) / n_prompts for k in ks},
+        majority_at_k={
+            k: sum(majority_at_k(g[1:], answer, k) for g, answer in zip(found, answers, strict=True)) / n_prompts
+            for k in ks
+        },
         greedy_interval=wilson_interval(greedy, n_prompts),
         sampled_interval=clustered_interval(shares, n_samples),
     )
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that k of n samples, drawn without replacement, hold one of the ``right`` ones.
+
+    Without bias for a prompt's pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1). Raises ValueError unless
+    1 <= k <= n and 0 <= right <= n.
+    """
+    if not (1 <= k <= n and 0 <= right <= n):
+        raise ValueError(f"pass_at_k: k={k} must lie between 1 and n={n}, and right={right} between 0 and {n}.")
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def wilson_interval(share: float, n: float) -> Interval:

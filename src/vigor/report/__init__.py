@@ -1,6 +1,6 @@
-"""What a run came to: a table on the terminal, curves, and one HTML page."""
+"""What runs came to: a table on the terminal, curves, and one HTML page for a run or for many."""
 
-from vigor.report.html import write_report
+from vigor.report.html import write_report, write_runs
 from vigor.report.table import before_after, print_results
 
-__all__ = ["before_after", "print_results", "write_report"]
+__all__ = ["before_after", "print_results", "write_report", "write_runs"]

@@ -83,7 +83,9 @@ def print_results(folder: RunFolder) -> None:
         console.print(table)
         prompts = yaml.safe_load((folder.path / "config.yaml").read_text("utf-8"))["prompts"]
         console.print(f"Trained on {prompts}; the other tasks had no part in this training.", highlight=False)
-    console.print(f"Run folder: {folder.path}  (report.html, curves.png, model/, metrics.jsonl)", highlight=False)
+    where = {"Run folder": f"{folder.path}  (model/, metrics.jsonl, curves.png)", "Report": folder.path / "report.html"}
+    for name, path in where.items():
+        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def percent(value: float, interval: tuple[float, float]) -> str:
