@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", help="candidates to time beside train and grpo; default: all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_peak", action="store_true", help="leave out the peak memory, a process a candidate")
     parser.add_argument("--out", type=Path, help="JSON file; with --plot the picture")
     parser.add_argument("--plot", nargs="+", type=Path, help="draw these JSON files and stop")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -366,12 +367,11 @@ def main() -> None:
         print(f"\n{case.shape}", flush=True)
         results = time_case(case, args.rounds, args.only)
         for name, r in results.items():
-            r["peak_mb"] = peak(case, name)
-            print(
-                f"  {name:<9}{r['ratio']:6.2f} [{r['low']:.2f}, {r['high']:.2f}] {r['to_grpo']:6.2f}  "
-                f"{r['seconds']:7.2f} s  {r['peak_mb']:6.0f} MB",
-                flush=True,
-            )
+            line = f"  {name:<9}{r['ratio']:6.2f} [{r['low']:.2f}, {r['high']:.2f}] {r['to_grpo']:6.2f}  {r['seconds']:7.2f} s"
+            if not args.no_peak:
+                r["peak_mb"] = peak(case, name)
+                line += f"  {r['peak_mb']:6.0f} MB"
+            print(line, flush=True)
         everything[case.shape] = results
         if args.out:
             settings = {key: value for key, value in vars(args).items() if key not in ("out", "peak", "plot", "shapes")}

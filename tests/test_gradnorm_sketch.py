@@ -91,7 +91,7 @@ class _Odd(nn.Module):
         self.weight = inner.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, torch.linalg.inv(self.weight @ self.weight.T) @ self.weight)
+        return nn.functional.linear(x, self.weight.clone().mul_(2))
 
 
 def test_what_the_batched_method_refuses_is_refused() -> None:
