@@ -367,7 +367,8 @@ def main() -> None:
         print(f"\n{case.shape}", flush=True)
         results = time_case(case, args.rounds, args.only)
         for name, r in results.items():
-            line = f"  {name:<9}{r['ratio']:6.2f} [{r['low']:.2f}, {r['high']:.2f}] {r['to_grpo']:6.2f}  {r['seconds']:7.2f} s"
+            line = f"  {name:<9}{r['ratio']:6.2f} [{r['low']:.2f}, {r['high']:.2f}] {r['to_grpo']:6.2f}"
+            line += f"  {r['seconds']:7.2f} s"
             if not args.no_peak:
                 r["peak_mb"] = peak(case, name)
                 line += f"  {r['peak_mb']:6.0f} MB"
