@@ -6,7 +6,7 @@ The algorithm is TRL's; what we override, and what each override relies on:
     _calculate_rewards                outside no_grad, before advantages; returns the gathered (B, n_funcs) rewards
     _generate_and_score_completions   returns this process's "advantages"; appends those of all to _logs["advantages"]
     _compute_loss                     asks for the log-probabilities of its inputs through the next, once
-    _get_per_token_logps_and_entropies    (model, input_ids, attention_mask, logits_to_keep, …) -> (logps, entropies, aux)
+    _get_per_token_logps_and_entropies    (model, input_ids, attention_mask, logits_to_keep, …) -> 3 values, as there
     _get_output_dir                   the folder that checkpoints are written to and rotated in
     _save_checkpoint                  (model, trial) writes checkpoint-N there, in every process; rotation at its end
     _push_from_checkpoint             with that folder, at the end of the former

@@ -15,8 +15,9 @@ from vigor.signals import PolicyPass
 from vigor.tokenstats import STATISTICS
 
 Score = Callable[[Rollouts, PolicyPass], Tensor]
-"""(rollouts, policy) -> (B,) float32, higher is better, NaN = no opinion. Looks at each row by itself, unless the reward
-needs "group": then at the texts of whole groups, which the rollouts carry even where the rows are parts of groups."""
+"""(rollouts, policy) -> (B,) float32, higher is better, NaN = no opinion. Looks at each row by itself, unless the
+reward needs "group": then at the texts of whole groups, which the rollouts carry even where the rows are parts of
+groups."""
 Step = Callable[[Tensor, Rollouts], Tensor]
 """(scores (B,), rollouts) -> scores (B,): a per-row correction such as the length factor."""
 Shape = Callable[[Tensor], Tensor]

@@ -7,7 +7,8 @@ Method: execution rewards as in DeepSeek-R1 (arXiv 2501.12948); the share of pas
 
 The code is the last fenced block of the completion, or all of it where there is none.
 
-This release runs no code by itself: whoever names a `runner` answers for its isolation. A runner is a function
+No code runs unless a `runner` is named; `vigor.evaluation.code_tasks.run_tests` runs it in bubblewrap. A runner is a
+function
 
     run(codes: list[str], tests: list[Any]) -> list[list[bool]]
 
@@ -17,7 +18,7 @@ Departures from the papers:
  1. A row without tests has no reward (NaN).
 
 Command: vigor train --prompts my.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B
-         --reward_funcs "unit_tests(runner=my_sandbox.run)"
+         --reward_funcs "unit_tests(runner=vigor.evaluation.code_tasks.run_tests)"
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def runner_of(runner: Runner | str | None, reward: str) -> Runner:
     """
     if runner is None:
         raise ValueError(
-            f"reward {reward!r} runs generated code, and this release ships no sandbox. Name a function that runs it "
-            f'in isolation: "{reward}(runner=my_sandbox.run)", see `vigor methods unit_tests`.'
+            f"reward {reward!r} runs generated code. Name a function that runs it in isolation, such as our bubblewrap "
+            f'sandbox: "{reward}(runner=vigor.evaluation.code_tasks.run_tests)", see `vigor methods unit_tests`.'
         )
     return imported(runner, reward) if isinstance(runner, str) else runner
 

@@ -17,7 +17,7 @@ Departures from the paper:
 Runs code as `unit_tests` does: it needs a runner.
 
 Command: vigor train --prompts my.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B
-         --reward_funcs "verpo(runner=my_sandbox.run)"
+         --reward_funcs "verpo(runner=vigor.evaluation.code_tasks.run_tests)"
 """
 
 from __future__ import annotations
