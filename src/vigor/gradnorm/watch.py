@@ -129,10 +129,9 @@ class Watch(TorchFunctionMode):
 
     def check(self, parameter: Tensor) -> None:
         """Raises NotRouted if a matrix has copies and is used as a matrix too: the two would not be added up."""
-        used = any(
-            (matrix if isinstance(matrix, int) else matrix[0]) == id(parameter) for matrix in self.capture.matrices
-        )
-        if used and id(parameter) in self.copied:
+        if id(parameter) not in self.copied:
+            return
+        if any(id(parameter) == (matrix if isinstance(matrix, int) else matrix[0]) for matrix in self.capture.matrices):
             raise NotRouted("it is used in a linear map or an embedding too")
 
     def _operation(self, func: Function, name: str, args: Any, kwargs: Any, given: dict[int, Tensor]) -> Any:
