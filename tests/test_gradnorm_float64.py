@@ -82,11 +82,10 @@ def test_gradient_checkpointing(name: str) -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["qwen2-tied", "llama-biases", "gpt2-tied"])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("extra", [0, 5])
-def test_padding(name: str, side: Side, extra: int) -> None:
+def test_padding(name: str, side: Side) -> None:
     model = build(name)
     batched, loop = (
-        sequence_grad_norms(model, *padded(SAMPLES, side, extra=extra), method=method, self_check=False)
+        sequence_grad_norms(model, *padded(SAMPLES, side, extra=5), method=method, self_check=False)
         for method in ("batched", "loop")
     )
     assert isinstance(batched, Tensor) and isinstance(loop, Tensor)
