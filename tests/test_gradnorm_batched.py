@@ -236,6 +236,16 @@ def test_no_parameter_gradient_is_formed() -> None:
     assert sizes and max(sizes) < model.lm_head.weight.numel()
 
 
+def test_a_head_that_needs_more_than_hidden_states_is_taken_whole() -> None:
+    """ProphetNet's predicts from a second stream of its decoder's output."""
+    config = hf.ProphetNetConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_decoder_layers=2, num_decoder_attention_heads=4, decoder_ffn_dim=48,
+        num_encoder_layers=1, num_encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=96,
+        pad_token_id=0, is_decoder=True, add_cross_attention=False, use_cache=False,
+    )  # fmt: skip
+    assert relative(*both(hf.ProphetNetForCausalLM(config))) < 1e-3
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 

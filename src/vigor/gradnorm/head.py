@@ -58,7 +58,8 @@ def hidden_states(
     The model is called through its root, so that whatever wraps it (sharding, adapters) does its part.
 
     Raises:
-        NoDecoder: the root does not call the decoder exactly once, or the decoder's output has no last_hidden_state.
+        NoDecoder: the root does not call the decoder exactly once, the decoder's output has no last_hidden_state, or
+            the head needs more of it.
     """
     seen: list[Any] = []
     forward = decoder.forward
@@ -70,8 +71,13 @@ def hidden_states(
             after.enter_context(paused())
             return _with_hidden(output, _hidden(output)[:, :1].detach())
 
-        with replaced_forward(decoder, once):
-            model(**inputs, use_cache=False)
+        try:
+            with replaced_forward(decoder, once):
+                model(**inputs, use_cache=False)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not seen:
+                raise
+            raise NoDecoder from error  # the head wants more of the decoder's output than hidden states
     if len(seen) != 1:
         raise NoDecoder
     return seen[0]
