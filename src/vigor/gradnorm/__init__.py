@@ -8,11 +8,17 @@ Needs torch and a causal language model that maps `(input_ids, attention_mask)` 
     loop.py        the definition: one row, one forward, one backward
     batched.py     one forward and one backward for many rows, no parameter gradient
     head.py        the output head by itself: logits of counted positions, a few rows at a time
-    route.py       how a model's operations are routed for that
+    route.py       how a model's modules are wrapped for that
+    watch.py       the function mode that sees their operations
+    matrices.py    linear maps, experts and embeddings
+    maps.py        the autograd functions that these become
+    values.py      what is known of tensors that stem from parameters
+    tokens.py      which sequence a picked token belongs to
     capture.py     what a routed backward pass brings
     norms.py       squared norms of matrices: exact, or estimated by a sketch
     squares.py     the arithmetic of the exact ones
     kept.py        what the update needs of the pass
+    memory.py      how much of that there will be
     parameters.py  what a norm covers
     mode.py        dropout off, gradient checkpointing kept
 """
