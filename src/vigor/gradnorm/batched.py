@@ -66,7 +66,6 @@ class Pass:
                 self._forward()
             except NoDecoder:
                 self.capture.matrices.clear()
-                self.capture.copies.clear()
                 self._forward_whole()
         self.norms_B = self.capture.finish().sqrt().to(self.logps[0].dtype)
 

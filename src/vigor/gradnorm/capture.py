@@ -70,7 +70,6 @@ class Capture:
         self.batch, self.length, self.rows = batch, length, slice(0, batch)
         self.squares_B = torch.zeros(batch, dtype=widest(device), device=device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.copies: dict[tuple[int, int], Tensor] = {}
         self.vectors: dict[int, Tensor] = {}
         self.matrices: dict[Matrix, Uses] = {}
         self.norms = norms
@@ -82,27 +81,16 @@ class Capture:
     @contextmanager
     def head(self, rows: slice, length: int) -> Iterator[None]:
         """Inside, what comes is of these rows and `length` tokens each: one part of the output head's work."""
-        before = self.batch, self.length, self.rows, self.copies, self.in_backward
-        self.batch, self.length, self.rows, self.copies = rows.stop - rows.start, length, rows, {}
+        before = self.batch, self.length, self.rows, self.in_backward
+        self.batch, self.length, self.rows = rows.stop - rows.start, length, rows
         self.in_head, self.in_backward = True, False
         try:
             yield
         finally:
-            self.batch, self.length, self.rows, self.copies, self.in_backward = before
+            self.batch, self.length, self.rows, self.in_backward = before
             self.in_head = False
 
     # Vectors ----------------------------------------------------------------------------------------------------------
-
-    def copy_of(self, parameter: Tensor, like: torch.Size) -> Tensor:
-        """The vector once a sequence, shaped to broadcast against a tensor of shape (B, ..., d) or (B·L, d)."""
-        flat = len(like) == 2 and like[0] == self.batch * self.length
-        ndim = 3 if flat else len(like)
-        key = (id(parameter), ndim)
-        if key not in self.copies:
-            shape = (self.batch, *(1,) * (ndim - 2), parameter.shape[0])
-            self.copies[key] = parameter.detach().expand(shape).clone().requires_grad_()
-        copy = self.copies[key]
-        return copy.expand(-1, self.length, -1).flatten(0, 1) if flat else copy
 
     def add_vector(self, parameter: int, gradient_Bd: Tensor) -> None:
         """The gradient of a vector, or of a small array laid out as one, once a sequence; uses add up."""
@@ -197,21 +185,17 @@ class Capture:
     ) -> tuple[Tensor | None, ...]:
         """Runs a backward pass through captured modules; returns the gradients of `inputs`."""
         before, self.in_backward = self.in_backward, True
-        keys = list(self.copies)
-        wanted = [*inputs, self.anchor, *self.copies.values(), *self.parameters.values()]
+        wanted = [*inputs, self.anchor, *self.parameters.values()]
         found = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, retain_graph=retain_graph)
         self.in_backward = before
         n = len(inputs)
         # A captured use leaves the parameter itself out of the graph; it has a gradient if something else used it.
-        for (name, _), gradient in zip(self.parameters.items(), found[n + 1 + len(keys) :], strict=True):
+        for name, gradient in zip(self.parameters, found[n + 1 :], strict=True):
             if gradient is not None:
                 raise UnsupportedModule(
                     f"batched gradient norm: {name} is used outside the forward of the module that owns it. Use "
                     "method='loop'."
                 )
-        for (parameter, _), gradient in zip(keys, found[n + 1 : n + 1 + len(keys)], strict=True):
-            if gradient is not None:
-                self.add_vector(parameter, gradient.flatten(1))
         return found[:n]
 
     def finish(self) -> Tensor:
