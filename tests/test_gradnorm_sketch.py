@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from models import lora, qwen2
-from test_gradnorm_batched import FAMILIES, batch, build, relative
+from test_gradnorm_batched import FAMILIES, Mixer, batch, build, relative
 from torch import Tensor, nn
 
-from vigor.gradnorm import UnsupportedModule, sequence_grad_norms
+from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, sequence_grad_norms
 
 
 def sketch(model: nn.Module, *, rows: tuple[Tensor, Tensor, Tensor] | None = None, **options: int) -> Tensor:
@@ -83,6 +83,8 @@ def test_the_self_check_compares_the_exact_norm() -> None:
     model = qwen2()
     norms = sequence_grad_norms(model, *batch(), method="sketch", projections=1)
     assert isinstance(norms, Tensor) and norms[:5].isfinite().all()
+    with pytest.raises(SelfCheckFailed, match="mixes the sequences"):
+        sequence_grad_norms(Mixer(), *batch(), method="sketch")
 
 
 class _Odd(nn.Module):
