@@ -164,8 +164,8 @@ def test_the_runner_of_the_rewards(sandbox: Sandbox) -> None:
     for cell in ([1], [], [{"input": "1"}], "{}"):
         with pytest.raises(ValueError, match="give a list of assertions"):
             code_tasks.run_tests([""], [cell])
-    code_tasks._pool(os.getpid()).close()
-    code_tasks._pool.cache_clear()
+    code_tasks.default_runner(os.getpid()).close()
+    code_tasks.default_runner.cache_clear()
 
 
 def test_the_rewards_run_in_the_sandbox(sandbox: Sandbox) -> None:
@@ -174,11 +174,11 @@ def test_the_rewards_run_in_the_sandbox(sandbox: Sandbox) -> None:
     batch = Rollouts.from_token_ids(
         [[2]] * 3, [[3]] * 3, group_size=3, pad_token_id=0, completions=texts, columns=columns
     )
-    runner = "vigor.evaluation.code_tasks.run_tests"
-    for spec, expected in ((f"runner={runner}", [1, 0, 0]), (f"runner={runner}, partial=True", [1, 0.5, 0])):
-        assert get(f"unit_tests({spec})").score(batch, PolicyPass(nn.Identity(), batch)).tolist() == expected
-    code_tasks._pool(os.getpid()).close()
-    code_tasks._pool.cache_clear()
+    wanted = {"unit_tests": [1, 0, 0], "unit_tests(partial=True)": [1, 0.5, 0], "verpo": [1, 1 / 6, 0]}
+    for spec, expected in wanted.items():
+        assert get(spec).score(batch, PolicyPass(nn.Identity(), batch)).tolist() == pytest.approx(expected)
+    code_tasks.default_runner(os.getpid()).close()
+    code_tasks.default_runner.cache_clear()
 
 
 def test_programs_carry_no_test_into_the_candidate() -> None:

@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks, and the sandbox for generated code."""
+"""Evaluation: benchmarks on lm-evaluation-harness, and the sandbox for generated code."""
