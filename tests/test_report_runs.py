@@ -22,6 +22,7 @@ from vigor.report.charts import Curve, across, category_chart, line_chart, look,
 from vigor.report.measures import N_BINS, bins, by_step, measured, text_repetition
 from vigor.report.runs import names, read_runs, series
 from vigor.report.samples import STEPS, chosen_steps
+from vigor.report.tokens import Colouring
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -105,6 +106,57 @@ def test_the_page_fits_a_phone_and_a_box_hides_its_series(tmp_path: Path) -> Non
         document, console = visit(probe, width=width)
         assert console == ""
         assert "<title>true,true,0,true</title>" in document, width
+
+
+@browser
+def test_tokens_are_coloured_by_what_is_chosen(tmp_path: Path) -> None:
+    """By probability first, by entropy after a click, and the text of a token stays text."""
+    (path,) = seeds(tmp_path, methods=("vigor",), n=1, completion=lambda row: f"a{TAKEOVER}{row}")
+    (path / "tokens").mkdir()
+    rows = [
+        {
+            "step": 1, "prompt": "second prompt", "completion": f"a{TAKEOVER}{row}",
+            "tokens": ["a", TAKEOVER, f"{row}", "<eos>"], "logps": [-0.01, -0.3, -4.0, 0.0],
+            "entropies": [3.0, 0.2, 0.05, 0.0],
+        }
+        for row in range(4, 8)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(path / "tokens" / "tokens_00001.parquet")
+    (path / "tokens" / "tokens_00002.parquet").write_bytes(b"PAR1")
+    page = tmp_path / "page.html"
+    write_runs([path], page)
+    document, console = visit(page)
+    assert console == ""
+    assert f'<i class="p4" title="p 0.018, entropy 0.05">{4}</i>&lt;eos&gt;</span>' in document
+    assert '<i class="p1 e1" title="p 0.74, entropy 0.2">&lt;script&gt;' in document
+    assert document.count('<span class="t">') == 4
+    text = page.read_text("utf-8").replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        text.replace(
+            "</body>",
+            """<script>
+            const tinted = name => getComputedStyle(document.querySelector(".t ." + name)).backgroundColor;
+            const seen = () => [tinted("p4"), tinted("e4")].map(c => c != "rgba(0, 0, 0, 0)");
+            const found = [seen()];
+            for (const by of ["e", "n"]) { document.querySelector("#by-" + by).click(); found.push(seen()); }
+            document.title = found.join();
+            </script></body>""",
+        )
+    )
+    document, console = visit(probe)
+    assert console == ""
+    assert "<title>true,false,false,true,false,false</title>" in document
+
+
+def test_colour_keeps_to_its_room() -> None:
+    colours = Colouring(budget=5, limit=3)
+    token = ("ab", -1.0, 0.0)
+    colours.new_step()
+    assert colours.html([token] * 3) == '<span class="t"><i class="p2" title="p 0.37, entropy 0">ab</i> …</span>'
+    assert colours.html([token] * 3) is None
+    colours.new_step()
+    assert colours.html([("<b>", 0.0, 0.0)]) == '<span class="t">&lt;b&gt;</span>'
 
 
 @browser
@@ -209,12 +261,12 @@ def test_the_command_writes_the_page_and_says_where(tmp_path: Path, capsys: pyte
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 2
     assert "holds no config.yaml" in capsys.readouterr().err
-    assert main(["report", *map(str, seeds(tmp_path, n=1))]) == 1
+    assert main(["report", *map(str, seeds(tmp_path, n=1))]) == 2
     assert "name the page with --out" in capsys.readouterr().err
     (tmp_path / "compare.json").write_text("{}")
-    assert main(["report", str(tmp_path), str(tmp_path / "vigor-0"), "--out", str(tmp_path / "x.html")]) == 1
+    assert main(["report", str(tmp_path), str(tmp_path / "vigor-0"), "--out", str(tmp_path / "x.html")]) == 2
     assert "give it alone" in capsys.readouterr().err
 
 

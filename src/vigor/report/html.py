@@ -19,6 +19,7 @@ from vigor.report.plots import curves
 from vigor.report.runs import RunData, Series, read_runs, series
 from vigor.report.samples import browser
 from vigor.report.style import STYLE
+from vigor.report.tokens import STYLE as TOKEN_STYLE
 from vigor.runfolder import RunFolder
 
 _WORDS = ' class="words"'
@@ -47,8 +48,9 @@ def write_runs(
     Raises:
         ValueError: a folder that holds no run, or none that is given.
     """
+    written = page(read_runs(paths, labels), head=head, title=title)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, page(read_runs(paths, labels), head=head, title=title))
+    write_durably(out, written)
 
 
 def page(runs: Sequence[RunData], *, head: str = "", title: str = "") -> str:
@@ -74,7 +76,7 @@ def page(runs: Sequence[RunData], *, head: str = "", title: str = "") -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{STYLE}{_switches(found)}</style></head>"
+        f"<title>{escape(name)}</title><style>{STYLE}{TOKEN_STYLE}{_switches(found)}</style></head>"
         f'<body><a class="skip" href="#runs">To the content</a><header><h1>{escape(name)}</h1>'
         f'<nav aria-label="sections">{links}</nav>{_legend(found)}</header><main>{body}</main></body></html>\n'
     )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from vigor.reading import ReadError, check
 from vigor.runfolder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 _NOT_THE_METHOD = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume", "dry_run", "env"})
+
+
+TokenRow = list[tuple[str, float, float]]
+"""Text, log-probability and entropy (nats) of each token of a completion."""
+Tokens = dict[tuple[int, str, str], TokenRow]
+"""By step, prompt and completion."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class RunData:
     results: dict[str, Any]
     completions: pd.DataFrame
     """A row a completion: those of one prompt follow each other; `group` numbers them within a step."""
+    tokens: Tokens
+    """Of a few completions."""
 
     @property
     def name(self) -> str:
@@ -62,13 +69,13 @@ def read_runs(paths: Sequence[Path], labels: Sequence[str] | None = None) -> lis
     """Reads run folders; without labels, they are named after what their settings differ in.
 
     Raises:
-        ValueError: a folder that holds no run.
+        ValueError: a folder that holds no run, or a file in one that is not what a run writes there.
     """
     folders = [RunFolder(Path(path)) for path in paths]
     for folder in folders:
         if not (folder.path / "config.yaml").is_file():
             raise ValueError(f"{folder.path} holds no config.yaml, so it is no run folder of `vigor train`.")
-    configs = [yaml.safe_load((folder.path / "config.yaml").read_text("utf-8")) for folder in folders]
+    configs = [_config(folder) for folder in folders]
     named = labels or names(configs)
     return [_read(folder, label, config) for folder, label, config in zip(folders, named, configs, strict=True)]
 
@@ -100,38 +107,73 @@ def text_of(value: Any) -> str:
 
 
 def _read(folder: RunFolder, label: str, config: dict[str, Any]) -> RunData:
-    empty: dict[str, Any] = {"before": {}, "after": {}}
     return RunData(
         folder=folder,
         label=label,
         config=config,
         environment=_json(folder, "environment.json", {}),
         metrics=folder.read_metrics(),
-        results=_json(folder, "results.json", empty),
-        completions=_completions(folder, int(config.get("num_generations") or 1)),
+        results=_results(folder),
+        completions=_completions(folder, max(1, config.get("num_generations") or 1)),
+        tokens=_tokens(folder),
     )
 
 
+def _config(folder: RunFolder) -> dict[str, Any]:
+    config = folder.read_config()
+    shape = {"reward_funcs?": [str], "num_generations?": (int, type(None))}
+    check(config, shape, str(folder.path / "config.yaml"))
+    return config
+
+
+def _results(folder: RunFolder) -> dict[str, Any]:
+    results = _json(folder, "results.json", {"before": {}, "after": {}})
+    for task in results["after"]:
+        for when in ("before", "after"):
+            where = f"{folder.path / 'results.json'}: {when}: {task}"
+            if task not in results[when]:
+                raise ReadError(f"{where} is missing.")
+            for name in ("greedy_interval", "sampled_interval"):
+                if len(results[when][task].get(name, ())) != 2:
+                    raise ReadError(f"{where}: {name} must be two numbers.")
+    return results
+
+
 def _json(folder: RunFolder, name: str, missing: dict[str, Any]) -> dict[str, Any]:
-    """The file's contents; what a run that still goes on or was killed has not written whole is `missing`."""
+    """The file's contents; what a run that still goes on or was killed has not written is `missing`."""
     try:
-        read: dict[str, Any] = folder.read_json(name)
-    except (FileNotFoundError, json.JSONDecodeError):
+        return folder.read_json(name)
+    except FileNotFoundError:
         return missing
-    return read
+
+
+def _tables(folder: Path) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in sorted(path for path in folder.glob("*.parquet") if path.is_file()):
+        try:
+            yield pq.read_table(path, partitioning=None)
+        except (OSError, pa.ArrowException):
+            continue  # cut off by a kill: the resumed run writes that step again
+
+
+def _tokens(folder: RunFolder) -> Tokens:
+    from vigor.tokenlog import FOLDER
+
+    return {
+        (row["step"], row["prompt"], row["completion"]): list(
+            zip(row["tokens"], row["logps"], row["entropies"], strict=True)
+        )
+        for table in _tables(folder.path / FOLDER)
+        for row in table.to_pylist()
+    }
 
 
 def _completions(folder: RunFolder, group_size: int) -> pd.DataFrame:
     import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    frames = []
-    for path in sorted((folder.path / "completions").glob("*.parquet")):
-        try:
-            frames.append(pq.read_table(path).to_pandas())
-        except (OSError, pa.ArrowInvalid):
-            continue  # cut off by a kill: the resumed run writes that step again
+    frames = [table.to_pandas() for table in _tables(folder.path / "completions")]
     if not frames:
         return pd.DataFrame({"step": [], "group": [], "prompt": [], "completion": []})
     frame = pd.concat(frames, ignore_index=True)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from vigor.report.runs import RunData
+from vigor.report.runs import RunData, Tokens
+from vigor.report.tokens import Colouring
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +16,8 @@ STEPS, GROUPS, ROWS = 6, 2, 16
 """Of a run, of a step, and of a group: no more than this is shown; all of it is in the run's parquet files."""
 TEXT_BUDGET = 6_000_000
 """Characters of completions in a report."""
+TOKEN_BUDGET = 60_000
+"""Tokens in colour in a report."""
 _SHORTEST, _LONGEST = 500, 8000
 
 
@@ -22,7 +25,9 @@ def browser(runs: Sequence[RunData], anchors: Sequence[str]) -> str:
     """Folded sections that open by mouse and by keyboard, without scripts."""
     limit = min(_LONGEST, max(_SHORTEST, TEXT_BUDGET // max(1, len(runs) * STEPS * GROUPS * ROWS)))
     alone = len(runs) == 1
-    return "".join(_run(run, anchor, limit, unfolded=alone) for run, anchor in zip(runs, anchors, strict=True))
+    colours = Colouring(budget=max(1, TOKEN_BUDGET // max(1, len(runs) * STEPS)), limit=limit)
+    shown = "".join(_run(run, anchor, colours, unfolded=alone) for run, anchor in zip(runs, anchors, strict=True))
+    return (colours.legend() if any(run.tokens for run in runs) else "") + shown
 
 
 def chosen_steps(steps: Sequence[int]) -> list[int]:
@@ -32,7 +37,7 @@ def chosen_steps(steps: Sequence[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (STEPS - 1))] for i in range(STEPS)]
 
 
-def _run(run: RunData, anchor: str, limit: int, *, unfolded: bool) -> str:
+def _run(run: RunData, anchor: str, colours: Colouring, *, unfolded: bool) -> str:
     frame = run.completions
     steps = chosen_steps(sorted({int(step) for step in frame["step"]}))
     if not steps:
@@ -42,7 +47,8 @@ def _run(run: RunData, anchor: str, limit: int, *, unfolded: bool) -> str:
     for step in steps:
         rows = frame[frame["step"] == step]
         groups = sorted(rows["group"].unique())[:GROUPS]
-        tables = "".join(_group(rows[rows["group"] == group], shown, limit) for group in groups)
+        colours.new_step()
+        tables = "".join(_group(rows[rows["group"] == group], shown, run.tokens, colours) for group in groups)
         opened = " open" if unfolded and step in (steps[0], steps[-1]) else ""
         parts.append(f"<details{opened}><summary>Step {step}{_told(run, step)}</summary>{tables}</details>")
     opened = " open" if unfolded else ""
@@ -60,21 +66,27 @@ def _told(run: RunData, step: int) -> str:
     return f' <span class="note">{", ".join(told)}</span>' if told else ""
 
 
-def _group(rows: pd.DataFrame, shown: Sequence[str], limit: int) -> str:
+def _group(rows: pd.DataFrame, shown: Sequence[str], tokens: Tokens, colours: Colouring) -> str:
     numbers = [name for name in [*shown, "advantage", "length", "truncated"] if name in rows]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in numbers)
     body = "".join(
-        f'<tr><td class="text">{escape(_cut(row["completion"], limit))}</td>'
+        f'<tr><td class="text">{_text(row, tokens, colours)}</td>'
         + "".join(f"<td>{_number(row[name])}</td>" for name in numbers)
         + "</tr>"
         for _, row in rows.head(ROWS).iterrows()
     )
-    prompt = _cut(str(rows.iloc[0]["prompt"]), limit)
+    prompt = _cut(str(rows.iloc[0]["prompt"]), colours.limit)
     return (
         f'<p class="prompt"><b>Prompt</b></p><pre class="text">{escape(prompt)}</pre>'
         '<div class="wide" role="region" tabindex="0" aria-label="completions of one prompt"><table><thead><tr>'
         f'<th scope="col">completion</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _text(row: pd.Series[Any], tokens: Tokens, colours: Colouring) -> str:
+    """The completion, token by token where its tokens are known and there is room for them."""
+    known = tokens.get((int(row["step"]), row["prompt"], row["completion"]))
+    return (known and colours.html(known)) or escape(_cut(row["completion"], colours.limit))
 
 
 def _cut(text: str, limit: int) -> str:

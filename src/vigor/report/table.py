@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from vigor.runfolder import RunFolder
+from vigor.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,12 @@ def print_results(folder: RunFolder) -> None:
                 f"[{colour}]{change}[/]" if colour else change,
             )
         console.print(table)
-        prompts = yaml.safe_load((folder.path / "config.yaml").read_text("utf-8"))["prompts"]
-        console.print(f"Trained on {prompts}; the other tasks had no part in this training.", highlight=False)
+        prompts = folder.read_config()["prompts"]
+        told = printable(f"Trained on {prompts}; the other tasks had no part in this training.")
+        console.print(told, highlight=False, markup=False)
     where = {"Run folder": f"{folder.path}  (model/, metrics.jsonl, curves.png)", "Report": folder.path / "report.html"}
     for name, path in where.items():
-        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(f"{name}: {path}"), highlight=False, markup=False, soft_wrap=True)
 
 
 def percent(value: float, interval: tuple[float, float]) -> str:
