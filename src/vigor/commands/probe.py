@@ -8,8 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vigor.commands import collapse
 from vigor.commands.methods import table
 from vigor.commands.score import load_model, load_tokenizer
+from vigor.terminal import printable, refuse
+
+N_PROMPTS = 64
+_SAMPLING: dict[str, Any] = {
+    "signals": None,
+    "labelled": None,
+    "num_generations": 16,
+    "batch_size": 64,
+    "noise_prompts": 8,
+    "device": None,
+}
+"""Defaults of what only matters where completions are sampled and scored."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,34 +33,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--world", choices=("lab", "lab-misaligned"), help="a built-in base")
     parser.add_argument("--signals", nargs="+", metavar="NAME", help="rewards of `vigor methods` (default: vigor, "
                         "logprob, self_certainty, entropy)")  # fmt: skip
-    parser.add_argument("--n_prompts", type=int, default=64, help="the first so many prompts (default: 64)")
+    parser.add_argument("--n_prompts", type=int, help="the first so many prompts (default: 64); with "
+                        "--collapse_step, prompts a step (default: 32)")  # fmt: skip
     parser.add_argument(
         "--labelled", type=int, metavar="N", help="use the answers of the first N of them only; 0: none"
     )
-    parser.add_argument("--num_generations", type=int, default=16, help="completions of a prompt (default: 16)")
+    parser.add_argument("--num_generations", type=int, help="completions of a prompt (default: 16)")
     parser.add_argument("--max_completion_length", type=int, help="tokens (default: 512; 72 for lab: prompts)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
-    parser.add_argument("--batch_size", type=int, default=64, help="completions sampled together (default: 64)")
+    parser.add_argument("--batch_size", type=int, help="completions sampled together (default: 64)")
     parser.add_argument("--prompt_column", help="column with the prompt (default: prompt, problem, question, messages)")
     parser.add_argument("--answer_column", help="column with the reference answer (default: answer, if there is one)")
     parser.add_argument("--system_prompt", help="system message put before every prompt")
-    parser.add_argument("--noise_prompts", type=int, default=8, help="prompts to score again in another precision "
+    parser.add_argument("--noise_prompts", type=int, help="prompts to score again in another precision "
                         "(default: 8; 0: none)")  # fmt: skip
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the "
                         "weights: that of your training (default: as saved)")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    collapse.add_arguments(parser)
+    parser.set_defaults(**_SAMPLING)
 
 
 def probe(args: argparse.Namespace) -> int:
-    """Runs `vigor probe`; returns the exit status (0 done, 1 refused with a message)."""
+    """Runs `vigor probe`; returns the exit status (0 done, 1 the training failed, 2 refused with a message)."""
     try:
+        check(args)
+        if args.collapse_step is not None:
+            return collapse.run(args)
         run(args)
     except (OSError, ValueError) as error:
-        print(f"vigor probe: {error}", file=sys.stderr)
-        return 1
+        return refuse("probe", error)
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what would have no effect, and a file that cannot be written.
+
+    Raises:
+        ValueError: with the flag and the remedy.
+    """
+    if args.collapse_step is None:
+        given = [name for name in ("config", "learning_rate", "output_dir") if getattr(args, name) is not None]
+        why = "is for the training of --collapse_step, and nothing is trained without it"
+    else:
+        given = [name for name, default in _SAMPLING.items() if getattr(args, name) != default]
+        why = "has no part in --collapse_step"
+    if given:
+        raise ValueError(f"--{given[0]} {why}: leave it out.")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}.")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -62,15 +98,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from vigor.probe.text import tables, verdicts
     from vigor.scoring import check_signals
 
-    if args.n_prompts < 1 or args.num_generations < 2 or args.temperature <= 0 or args.batch_size < 1:
+    n_prompts = N_PROMPTS if args.n_prompts is None else args.n_prompts
+    if n_prompts < 1 or args.num_generations < 2 or args.temperature <= 0 or args.batch_size < 1:
         raise ValueError(
-            f"--n_prompts {args.n_prompts}, --num_generations {args.num_generations}, --temperature {args.temperature} "
+            f"--n_prompts {n_prompts}, --num_generations {args.num_generations}, --temperature {args.temperature} "
             f"and --batch_size {args.batch_size}: give at least 1 prompt and 2 completions, and positive numbers."
         )
     signals = args.signals or list(SIGNALS)
     check_signals(signals)
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}.")
     args.model_name_or_path = args.model_name_or_path or args.world
     length = args.max_completion_length or (72 if args.prompts.startswith("lab:") else 512)
     tokenizer = load_tokenizer(args.model_name_or_path)
@@ -85,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prompt_column=args.prompt_column,
         answer_column=args.answer_column,
         system_prompt=args.system_prompt,
-        limit=args.n_prompts,
+        limit=n_prompts,
         tokenizer=tokenizer,
         max_prompt_length=room if room < 10**9 else None,
         seed=1000 + args.seed,  # the lab's bases were pre-trained on questions of seed 0
@@ -110,14 +145,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report["facts"] = {"model": args.model_name_or_path, "source": args.prompts, **report["facts"]}
     facts = report["facts"]
     print(
-        f"{facts['prompts']} prompts of {facts['source']} × {facts['num_generations']} completions of {facts['model']} "
+        f"{facts['prompts']} prompts of {printable(facts['source'])} × {facts['num_generations']} completions of "
+        f"{printable(facts['model'])} "
         f"({facts['dtype']}); answers known for {facts['labelled_prompts']}"
     )
     for title, rows_of_table in tables(report):
         print(f"\n{title}")
         table(rows_of_table)
-    print(f"\nForecast of a training on each signal\n{verdicts(report)}")
+    print(f"\nForecast of a training on each signal\n{printable(verdicts(report))}")
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        print(f"\n{args.out}")
+        print(f"\n{printable(args.out)}")
     return report
