@@ -191,6 +191,18 @@ def leave_one_out(group: list[float]) -> list[float]:
 
 
 @in_groups
+def gain_in_bound(group: list[float]) -> list[float]:
+    """log of the mean of all probabilities less log of the mean of the others'."""
+    found = []
+    for i in range(len(group)):
+        others = group[:i] + group[i + 1 :]
+        top = max(group)
+        whole = math.log(mean([math.exp(x - top) for x in group]))
+        found.append(whole - math.log(mean([math.exp(x - top) for x in others])) if others else 0.0)
+    return found
+
+
+@in_groups
 def ranked_share(group: list[float]) -> list[float]:
     right = [x for x in group if x > 0]
     found = []
@@ -214,5 +226,8 @@ ROWS: dict[str, Row] = {
     "reference_logprob": _row(logprob(boxed_end, " \\boxed{")),
     "reference_logprob(mean=True)": _row(logprob(boxed_end, " \\boxed{", per_token=True)),
     "reference_logprob(answer=tags)": _row(logprob(tags_end, "\n<answer>")),
+    # Differences of sums of tens of nats, in float32
+    "jepo": _row(logprob(boxed_end, " \\boxed{"), shape=leave_one_out, tolerance=1e-5),
+    "jepo(bound=group)": _row(logprob(boxed_end, " \\boxed{"), shape=gain_in_bound, tolerance=1e-5),
     "nover": _row(nover(boxed_end), shape=ranked_share),
 }

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers_trainer import dataset, lab_tokenizer, table, trainer
+from transformers import TrainerCallback
 
 from vigor.commands.train import leave_process_group
 
@@ -47,8 +48,20 @@ def inject(made: Any, policy: list[list[int]], teacher: list[list[int]]) -> None
     made._generate_single_turn = generate
 
 
+class Gradient(TrainerCallback):
+    """Writes the gradient of a step, as the first process has it after reduction."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, model: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            torch.save(torch.cat(gradients), self.folder / "gradient.pt")
+
+
 def work(folder: Path) -> None:
-    """One process: a run with split groups, and one whose two wordings lie in different processes."""
+    """One process: runs with split groups, and one whose two wordings lie in different processes."""
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     split = trainer(
@@ -72,6 +85,18 @@ def work(folder: Path) -> None:
         completions=texts(ANSWERS[:12]),
     )
     twins.train()
+    terms = trainer(
+        folder / "terms",
+        ["verifree", "jepo(bound=group)"],
+        data=dataset([f"Q:{a}+2\nA:" for a in (5, 1, 3)], answer=["7", "3", "5"]),
+        num_generations=6,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=6 // processes,
+        completions=texts(ANSWERS),
+        max_grad_norm=0.0,
+    )
+    terms.add_callback(Gradient(folder / "terms"))
+    terms.train()
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +132,12 @@ def test_split_groups_vote_as_whole_ones(runs: tuple[Path, Path]) -> None:
 def test_the_other_wording_may_lie_in_the_other_process(runs: tuple[Path, Path]) -> None:
     _, other = columns_of(runs, "twins", ["co_rewarding_1", "co_rewarding_1(equal=math)"])
     assert other["co_rewarding_1"].tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0]
+
+
+def test_terms_of_the_loss_are_those_of_one_process(runs: tuple[Path, Path]) -> None:
+    one, other = (torch.load(folder / "terms" / "gradient.pt") for folder in runs)
+    assert one.norm() > 1e-4
+    assert (other - one).norm() < 1e-4 * one.norm()
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_everything_at_hand_leaves_nothing_out() -> None:
 
 
 def test_unknown_data_and_families_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--needs", "labels"]) == 1
+    assert main(["methods", "--needs", "labels"]) == 2
     assert "no reward needs labels; choose from prompts, " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["methods", "--family", "extrinsic"])

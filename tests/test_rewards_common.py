@@ -34,7 +34,7 @@ POLICY = {"grad_norm", "token_stats", "reference_logps"}
 
 specs = pytest.mark.parametrize("spec", TABLE)
 RUNNERS = {"unit_tests", "verpo"}
-"""Methods that are not whole without a function that runs code; their rows name one."""
+"""Methods that run code; their rows name a function that needs no sandbox."""
 names = pytest.mark.parametrize("name", [name for name in METHODS if name not in RUNNERS])
 
 

@@ -6,6 +6,8 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,6 +391,27 @@ def test_both_is_one_only_where_both_are() -> None:
     assert get("both").columns == ("answer",)
 
 
+WRAPPERS = ("inverse(of={})", "noisy(of={})", "tiers(of={})", "both(second={})", "both(first={})", "l1_exact(of={})",
+            "l1_max(of={})", "kimi_length(of={})", "cosine_length(of={})")  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_hand_on_what_the_wrapped_reward_asks_for(wrapper: str) -> None:
+    wrapped = get("co_rewarding_2(start=0.5)")
+    reward = get(wrapper.format(wrapped.name))
+    assert reward.teacher == wrapped.teacher is not None
+    assert wrapped.needs <= reward.needs
+    twin = get(wrapper.format("co_rewarding_1"))
+    assert twin.columns[0] == get("co_rewarding_1").columns[0]
+
+
+def test_two_parts_share_a_teacher_or_are_refused() -> None:
+    assert get("both(first=co_rewarding_2, second=co_rewarding_2)").teacher == get("co_rewarding_2").teacher
+    with pytest.raises(ValueError, match="ask for different teachers"):
+        get("both(first=co_rewarding_2, second=co_rewarding_2(start=0.5))")
+    assert get("both(first=accuracy, second=co_rewarding_1)").columns == ("pair", "answer")
+
+
 def test_tiers_of_exact_fractions() -> None:
     grades = [0.0, 0.2499, 0.25, 1 / 3, 0.5, 0.7499, 0.75, 0.9999, 1.0]
     rollouts = rollouts_of(lengths=[1] * 9)
@@ -468,14 +491,34 @@ def test_the_last_fenced_block_is_the_code() -> None:
 
 
 @pytest.mark.parametrize("name", ["unit_tests", "verpo"])
-def test_without_a_runner_nothing_runs(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{name}' runs generated code\. Name a function"):
+def test_without_bubblewrap_nothing_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    module = import_module("vigor.rewards.unit_tests")
+    module._no_sandbox.cache_clear()
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s)'{name}' runs generated code: .*Remedies: install bubblewrap.*{name}\(unsafe_local_exec=True",
+    ):
         get(name)
+    module._no_sandbox.cache_clear()
+    with pytest.raises(ValueError, match=r"unsafe_local_exec=True is for the runner that comes with vigor"):
+        get(f"{name}(runner=builtins.len, unsafe_local_exec=True)")
     with pytest.raises(ValueError, match=r"cannot import 'no_such.thing'"):
         get(f"{name}(runner=no_such.thing)")
     rollouts = rollouts_of("x", columns={"tests": [["t"]]})
     with pytest.raises(ValueError, match="got 1 codes and answered for 0"):
         score(get(name, runner=lambda codes, tests: []), rollouts)
+
+
+@pytest.mark.parametrize("name", ["unit_tests", "verpo"])
+def test_giving_isolation_up_takes_a_word_and_says_what_it_means(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    with pytest.warns(RuntimeWarning, match="runs with YOUR rights on THIS machine"):
+        reward = get(f"{name}(unsafe_local_exec=True)")
+    codes = [f"open({str(outside)!r}, 'w').close()\ndef f(x):\n    return x", "def f(x):\n    return 1"]
+    rollouts = rollouts_of(*codes, columns={"tests": [["assert f(1) == 1", "assert f(2) == 2"]] * 2}, group_size=2)
+    assert score(reward, rollouts)[0] == 1.0
+    assert outside.exists()
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from vigor import rewards
 from vigor.rewards import METHODS, Method
+from vigor.terminal import printable, refuse
 
 COLUMNS = ("name", "family", "needs", "cost", "paper", "reward")
 FAMILIES = ("intrinsic", "agreement", "reference", "verifiable", "control")
@@ -35,6 +35,27 @@ _NOTES = {
     "verifiable": "Rules, and wrappers round a rule. The terms for length and repetition go beside another reward.",
     "control": "They belong into every comparison: what a control gains, no reward may claim as its own.",
 }
+_ABSENT = """
+## Not here, and why
+
+**P2S** ([2601.20649](https://arxiv.org/abs/2601.20649)) pays each step of the reasoning by the likelihood of the rest
+of a gold chain, which the policy writes itself, having seen the answer. Its abstract and parts of summaries were
+read; no code was found. Not established: which rest of the chain belongs to which step of a completion, by what rule
+chains are dropped, and how the steps' values become advantages. A rule of our own would bear the paper's name for
+another method. It would also take a value for each step, where a reward here is a number for each completion, and
+samples from a prompt that holds the answer. The likelihood itself is at hand:
+`vigor.continuation.ContinuationScorer.logps(prefix, rest)`.
+
+**RLFR** ([2510.10201](https://arxiv.org/abs/2510.10201)) has a formula (Jinghaoleven/RLFR@1589879): a flow network
+predicts hidden states of three layers, and its error, above 0.6 after min-max scaling within the response and in at
+most 15 tokens, is taken from those tokens' rewards. It does not fit this room: a network of its own is trained beside
+the policy, with its optimizer, checkpoints and first training on good texts; the penalty goes to tokens, and summed
+into one number a completion it would be another method; and it is added to a reward from labels, by which the
+network's training texts are chosen.
+
+**NOVER**'s efficiency reward and **RLVRR**'s style checks are left out of [`nover`](nover.md) and
+[`keyword_chain`](keyword_chain.md), whose pages say why.
+"""
 _HEAD = "| name | reward | needs | cost | paper |\n|---|---|---|---|---|\n"
 _TITLES = {
     "intrinsic": "Intrinsic: what the policy says of its own completions",
@@ -58,16 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def methods(args: argparse.Namespace) -> int:
-    """Runs `vigor methods`; returns the exit status (0 done, 1 refused with a message)."""
+    """Runs `vigor methods`; returns the exit status (0 done, 2 refused with a message)."""
     if args.name is not None:
         return _show(args.name)
     if unknown := set(args.needs or ()) - set(needed(METHODS.values())):
-        print(
-            f"vigor methods --needs: no reward needs {', '.join(sorted(unknown))}; choose from "
-            f"{', '.join(needed(METHODS.values()))}.",
-            file=sys.stderr,
+        return refuse(
+            "methods --needs",
+            f"no reward needs {', '.join(sorted(unknown))}; choose from {', '.join(needed(METHODS.values()))}.",
         )
-        return 1
     chosen = select(METHODS.values(), family=args.family, available=args.needs)
     if args.json:
         print(json.dumps([asdict(method) for method in chosen], indent=2, ensure_ascii=False))
@@ -115,7 +134,7 @@ def index(listed: Sequence[Method]) -> str:
             for m in rows:
                 reward = m.summary.replace("|", "\\|")
                 text.append(f"| [`{m.name}`]({m.name}.md) | {reward} | {m.needs} | {m.cost} | {_link(m.paper)} |\n")
-    return "".join(text)
+    return "".join([*text, *([_ABSENT] if len(listed) == len(METHODS) else [])])
 
 
 def page_path(name: str) -> Path:
@@ -133,6 +152,7 @@ def page_path(name: str) -> Path:
 
 def table(rows: Sequence[Sequence[str]]) -> None:
     """Prints rows of cells in columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -140,8 +160,7 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 
 def _show(name: str) -> int:
     if name not in METHODS:
-        print(f"vigor: no reward {name!r}; the rewards are: {', '.join(METHODS)}", file=sys.stderr)
-        return 1
+        return refuse("methods", f"no reward {name!r}; the rewards are: {', '.join(METHODS)}")
     import ast
     from importlib.util import find_spec
 

@@ -87,6 +87,7 @@ _METHODS = (
     Method(
         "reference_logprob", "reference", _ANSWERS, "forward", "arXiv 2602.03979", "log-likelihood of the reference"
     ),
+    Method("jepo", "reference", _ANSWERS, "forward", "arXiv 2503.19618", "gain in the bound on log π(reference): JEPO"),
     Method("nover", "reference", _ANSWERS, "forward", "arXiv 2505.16022", "rank of the reference's perplexity"),
     Method("accuracy", "verifiable", _ANSWERS, _NONE, "arXiv 2402.03300", "answer equals the reference"),
     Method("multiple_choice", "verifiable", _ANSWERS, _NONE, "arXiv 2511.02463", "the right letter"),

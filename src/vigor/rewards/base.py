@@ -27,6 +27,8 @@ NEEDS = frozenset({"grad_norm", "full_norm", "token_stats", "reference_logps", "
 """What a reward may read. With "grad_norm", "full_norm" says that it is the norm over all trainable parameters at the
 policy's temperature; with "token_stats", the names of `vigor.tokenstats.STATISTICS` say which. "group": the texts of
 whole groups; "twin": also those of the other wording of the prompt, which its first column pairs it with."""
+Text = tuple[list[int], list[int]]
+"""(context, text): token ids, of which the text's are scored."""
 TEACHER = "teacher_completion"
 """The column with the texts of the EMA teacher, one a row."""
 # Not reference_logps: a row without a reference has no opinion, and the scorer itself refuses a NaN of the policy's.
@@ -36,6 +38,16 @@ _POLICY = frozenset({"grad_norm", "token_stats"})
 def unshaped(scores_PG: Tensor) -> Tensor:
     """The scores themselves: for rewards whose scale carries meaning."""
     return scores_PG
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """What a reward adds to the update's loss: -coefficient · log π(text | context), see `vigor.auxiliary`."""
+
+    rows: Callable[[Rollouts, PolicyPass], list[Text | None]]
+    """The text of each row; None where it has none."""
+    coefficient: Shape
+    """(P, G) scores of whole groups -> (P, G) coefficients, without gradient; NaN or 0 leaves a row out."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class Reward:
     """Data set columns that it reads."""
     teacher: TeacherPlan | None = None
     """The EMA teacher whose completions it reads; None where it reads none."""
+    auxiliary: Auxiliary | None = None
+    """A term of its own in the loss, which VigorTrainer adds; None where the reward is all."""
 
     def __post_init__(self) -> None:
         if unknown := self.needs - NEEDS:
@@ -65,7 +79,7 @@ class Reward:
 
         Raises:
             ValueError: the number of rows is not a multiple of the group size.
-            FloatingPointError: the policy gives a completion that has tokens a score of NaN or infinity.
+            FloatingPointError: see `nonfinite`.
         """
         if len(rollouts) % rollouts.group_size:
             raise ValueError(
@@ -73,20 +87,23 @@ class Reward:
                 "Score parts of groups with .score, gather them, then apply .shape."
             )
         scores_B = self.score(rollouts, policy)
-        if self.needs & _POLICY:
-            _refuse_nonfinite(self.name, scores_B, rollouts)
+        if trouble := nonfinite(self, scores_B, rollouts):
+            raise FloatingPointError(f"{trouble}. The policy has probably diverged: look at its weights and logits.")
         return self.shape(scores_B.view(-1, rollouts.group_size)).flatten()
 
 
-def _refuse_nonfinite(name: str, scores_B: Tensor, rollouts: Rollouts) -> None:
-    bad_B = ~scores_B.isfinite() & (rollouts.lengths_B > 0)
-    if bad_B.any():
-        row = int(bad_B.nonzero()[0])
-        raise FloatingPointError(
-            f"reward {name!r} is {scores_B[row].item()} for {int(bad_B.sum())} of {len(scores_B)} completions (first: "
-            f"row {row}, {int(rollouts.lengths_B[row])} tokens). The policy has probably diverged: look at its weights "
-            "and logits."
-        )
+def nonfinite(reward: Reward, scores_B: Tensor, rollouts: Rollouts) -> str | None:
+    """What is wrong with scores that are infinite, or NaN where the policy's own numbers make them; None if nothing."""
+    bad_B = scores_B.isinf()
+    if reward.needs & _POLICY:
+        bad_B |= scores_B.isnan() & (rollouts.lengths_B > 0)
+    if not bad_B.any():
+        return None
+    row, count = int(bad_B.nonzero()[0]), int(bad_B.sum())
+    return (
+        f"reward {reward.name!r} is {scores_B[row].item()} for {count} of {len(scores_B)} completions (first: row "
+        f"{row}, {int(rollouts.lengths_B[row])} tokens)"
+    )
 
 
 def compose(name: str, needs: str | Collection[str], signal: Score, *steps: Step, shape: Shape = unshaped) -> Reward:

@@ -30,9 +30,13 @@ def both(*, first: str | Reward = "format", second: str | Reward = "accuracy") -
         second: B, likewise. For three, nest: both(first=format, second=both(...)).
 
     Raises:
-        ValueError: no such reward, or one that is shaped within its group; when scoring, a value other than 0 and 1.
+        ValueError: no such reward, one that is shaped within its group, or two that ask for different teachers; when
+            scoring, a value other than 0 and 1.
     """
     parts = [inner(first, "both"), inner(second, "both")]
+    teachers = {part.teacher: part.name for part in parts if part.teacher is not None}
+    if len(teachers) > 1:
+        raise ValueError(f"both: {' and '.join(teachers.values())} ask for different teachers; a run has one.")
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
         one, other = (verdicts(part, "both", rollouts, policy) for part in parts)
@@ -40,8 +44,9 @@ def both(*, first: str | Reward = "format", second: str | Reward = "accuracy") -
 
     return Reward(
         name="both",
-        teacher=parts[0].teacher or parts[1].teacher,
+        teacher=next(iter(teachers), None),
         needs=parts[0].needs | parts[1].needs,
         score=score,
-        columns=tuple(dict.fromkeys((*parts[0].columns, *parts[1].columns))),
+        # What pairs two wordings of a prompt is the first column of the reward that compares them.
+        columns=tuple(dict.fromkeys(c for p in sorted(parts, key=lambda p: "twin" not in p.needs) for c in p.columns)),
     )

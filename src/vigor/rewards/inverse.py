@@ -8,6 +8,7 @@ Paper: "Spurious Rewards: Rethinking Training Signals in RLVR", arXiv 2506.10947
 Departures from the paper and its code:
  1. X may also be a reward that is ranked within its group: the ranks are then those of -X.
  2. Where X has no opinion (NaN), neither has this one.
+ 3. A term that X adds to the loss itself, as verifree does, is left out.
 
 Command: vigor train --config lab --reward_funcs inverse
 """
@@ -38,4 +39,4 @@ def inverse(*, of: str | Reward = "accuracy") -> Reward:
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
         return 1.0 - reward.score(rollouts, policy)
 
-    return replace(reward, name="inverse", score=score)
+    return replace(reward, name="inverse", score=score, auxiliary=None)

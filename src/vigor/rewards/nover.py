@@ -13,7 +13,8 @@ Departures from the paper and its code (a setting in brackets switches one back)
  1. Answers stand in \boxed{}; there in <answer> tags that must be exactly right (`answer="tags"`).
  2. P is the policy's; there that of a proxy that follows the policy.
  3. P covers the reference's tokens; there those of its tags too, in a prompt that is written anew.
- 4. The efficiency reward (shorter and less perplexed than others) is left out.
+ 4. The efficiency reward (the share of others that are both longer and more perplexed) is left out: it compares two
+    numbers of each completion, and a score that is gathered over processes is one.
  5. Equal perplexities share their mean rank; there the earlier row wins.
 
 Command: vigor train --config lab --reward_funcs nover --scale_rewards none
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vigor.rewards.base import Reward, from_values
-from vigor.rewards.reference import Answer, Slot, boxed_cut, check_answer, logps_of, placed, references_of, tags_cut
+from vigor.rewards.reference import MARKED, Answer, logps_of, placed, references_of, slot_of
 from vigor.rollouts import Rollouts
 from vigor.shaping import rank
 from vigor.signals import PolicyPass
@@ -45,8 +46,7 @@ def nover(*, column: str = "answer", answer: Answer = "boxed") -> Reward:
     Raises:
         ValueError: an unknown `answer`.
     """
-    check_answer(answer, "nover")
-    slot = Slot(boxed_cut if answer == "boxed" else tags_cut)
+    slot = slot_of(MARKED, answer, "nover")
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
         references = references_of(rollouts, column, "nover")

@@ -8,7 +8,7 @@ Two ways to mark an answer, chosen by `answer`:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -51,12 +51,6 @@ class Placed:
     """Tokens of the context behind the prompt."""
 
 
-def check_answer(answer: Answer, reward: str) -> None:
-    """Raises ValueError for an unknown way to mark answers."""
-    if answer not in get_args(Answer):
-        raise ValueError(f"{reward}: answer={answer!r} must be one of {', '.join(get_args(Answer))}.")
-
-
 def boxed_cut(text: str) -> int | None:
     r"""The character after the last "\boxed{" whose braces balance."""
     content = last_boxed(text)
@@ -74,6 +68,26 @@ def tags_cut(text: str) -> int | None:
     expected = ["</think>", "<answer>", "</answer>"]
     right = tags == expected or (tags == ["<think>", *expected] and text.lstrip().startswith("<think>"))
     return found.start(1) if found is not None and right else None
+
+
+MARKED: Mapping[Answer, Slot] = {"boxed": Slot(boxed_cut), "tags": Slot(tags_cut)}
+"""Where a completion marks its answer; one that does not is left out."""
+OPENED: Mapping[Answer, Slot] = {
+    "boxed": Slot(boxed_cut, opener=" \\boxed{"),
+    "tags": Slot(tags_cut, opener="\n<answer>"),
+}
+"""As `MARKED`, with the opener put at the end of a completion that marks no answer."""
+
+
+def slot_of(slots: Mapping[Answer, Slot], answer: Answer, reward: str) -> Slot:
+    """The slot for a way to mark answers.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    if answer not in get_args(Answer):
+        raise ValueError(f"{reward}: answer={answer!r} must be one of {', '.join(get_args(Answer))}.")
+    return slots[answer]
 
 
 def references_of(rollouts: Rollouts, column: str, reward: str) -> list[str | None]:
@@ -134,6 +148,11 @@ def without_reasoning(rollouts: Rollouts, policy: PolicyPass, references: Sequen
         else:
             found.append(Placed(*splice(policy.tokenizer, prompt, [], 0, reference), 0))
     return found
+
+
+def texts_of(rows: Sequence[Placed | None]) -> list[tuple[list[int], list[int]] | None]:
+    """(context, text) of each placed reference, None for None: what `vigor.rewards.base.Auxiliary` takes."""
+    return [None if row is None else (row.context, row.continuation) for row in rows]
 
 
 def logps_of(policy: PolicyPass, rows: Sequence[Placed | None]) -> list[Tensor | None]:

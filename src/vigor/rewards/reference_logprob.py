@@ -18,14 +18,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from vigor.rewards.base import Reward, from_values
-from vigor.rewards.reference import Answer, Slot, boxed_cut, check_answer, logps_of, placed, references_of, tags_cut
+from vigor.rewards.reference import OPENED, Answer, logps_of, placed, references_of, slot_of
 from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
-
-_SLOTS: dict[Answer, Slot] = {
-    "boxed": Slot(boxed_cut, opener=" \\boxed{"),
-    "tags": Slot(tags_cut, opener="\n<answer>"),
-}
 
 
 def reference_logprob(*, column: str = "answer", mean: bool = False, answer: Answer = "boxed") -> Reward:
@@ -39,11 +34,11 @@ def reference_logprob(*, column: str = "answer", mean: bool = False, answer: Ans
     Raises:
         ValueError: an unknown `answer`.
     """
-    check_answer(answer, "reference_logprob")
+    slot = slot_of(OPENED, answer, "reference_logprob")
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
         references = references_of(rollouts, column, "reference_logprob")
-        found = logps_of(policy, placed(rollouts, policy, references, _SLOTS[answer], "reference_logprob"))
+        found = logps_of(policy, placed(rollouts, policy, references, slot, "reference_logprob"))
         sums = [None if logps is None else float(logps.double().sum()) / (len(logps) if mean else 1) for logps in found]
         return from_values(sums, rollouts)
 

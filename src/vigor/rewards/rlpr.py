@@ -29,17 +29,7 @@ import torch
 from torch import Tensor
 
 from vigor.rewards.base import Reward, from_values
-from vigor.rewards.reference import (
-    Answer,
-    Slot,
-    boxed_cut,
-    check_answer,
-    logps_of,
-    placed,
-    references_of,
-    tags_cut,
-    without_reasoning,
-)
+from vigor.rewards.reference import MARKED, Answer, logps_of, placed, references_of, slot_of, without_reasoning
 from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
 
@@ -98,12 +88,11 @@ def rlpr(
     Raises:
         ValueError: an unknown `answer` or `baseline`, a weight outside [0, 1], or a negative beta.
     """
-    check_answer(answer, "rlpr")
+    slot = slot_of(MARKED, answer, "rlpr")
     if baseline not in ("policy", "column", "none"):
         raise ValueError(f"rlpr: baseline={baseline!r} must be policy, column or none.")
     if not (0 <= format_weight <= 1 and beta >= 0):
         raise ValueError(f"rlpr: format_weight ({format_weight}) must lie in [0, 1], and beta ({beta}) be at least 0.")
-    slot = Slot(boxed_cut if answer == "boxed" else tags_cut)
     spread = SpreadFilter(beta)
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:

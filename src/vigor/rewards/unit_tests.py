@@ -7,22 +7,24 @@ Method: execution rewards as in DeepSeek-R1 (arXiv 2501.12948); the share of pas
 
 The code is the last fenced block of the completion, or all of it where there is none.
 
-No code runs unless a `runner` is named; `vigor.evaluation.code_tasks.run_tests` runs it in bubblewrap. A runner is a
-function
+The code runs in bubblewrap (`vigor.evaluation.code_tasks.run_tests`, a pool of sandboxes that are used again). Where
+bubblewrap cannot run, the reward is refused as it is made, before any model is loaded. Another `runner` is a function
 
     run(codes: list[str], tests: list[Any]) -> list[list[bool]]
 
-which says for each code which of its tests pass; `tests` holds the data set's cells.
+which says for each code which of its tests pass; `tests` holds the data set's cells. Rewards lie below `evaluation` and
+know the sandbox by name only, as they know a runner of the user's.
 
 Departures from the papers:
  1. A row without tests has no reward (NaN).
 
 Command: vigor train --prompts my.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B
-         --reward_funcs "unit_tests(runner=vigor.evaluation.code_tasks.run_tests)"
+         --reward_funcs unit_tests
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +39,9 @@ from vigor.signals import PolicyPass
 Runner = Callable[[list[str], list[Any]], Sequence[Sequence[bool]]]
 """(codes, tests) -> for each code, whether it passes each of its tests."""
 
+SANDBOX = "vigor.evaluation.code_tasks.run_tests"
+"""The runner that runs code in bubblewrap."""
+
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
@@ -46,18 +51,39 @@ def code_of(text: str) -> str:
     return str(blocks[-1]) if blocks else text
 
 
-def runner_of(runner: Runner | str | None, reward: str) -> Runner:
-    """The function that runs the tests.
+def runner_of(runner: Runner | str, unsafe_local_exec: bool, reward: str) -> Runner:
+    """The function that runs the tests, known to work here if it is ours.
+
+    Without isolation it warns of what that means (RuntimeWarning).
 
     Raises:
-        ValueError: none was given, or the dotted path names none.
+        ValueError: bubblewrap cannot run here, the dotted path names nothing, or isolation is given up beside a runner
+            that answers for its own.
     """
-    if runner is None:
+    if unsafe_local_exec:
+        if runner != SANDBOX:
+            raise ValueError(
+                f"reward {reward!r}: unsafe_local_exec=True is for the runner that comes with vigor; {runner!r} "
+                "isolates code in its own way, or not. Give one of the two."
+            )
+        without = imported("vigor.evaluation.sandbox.Sandbox", reward)(unsafe_local_exec=True)
+        return functools.partial(imported(SANDBOX, reward), runner=without)
+    if runner == SANDBOX and (why := _no_sandbox()) is not None:
         raise ValueError(
-            f"reward {reward!r} runs generated code. Name a function that runs it in isolation, such as our bubblewrap "
-            f'sandbox: "{reward}(runner=vigor.evaluation.code_tasks.run_tests)", see `vigor methods unit_tests`.'
+            f'reward {reward!r} runs generated code: {why} As options: "{reward}(runner=my_module.my_function)", or '
+            f'"{reward}(unsafe_local_exec=True)", where the code can do on this machine whatever you can.'
         )
     return imported(runner, reward) if isinstance(runner, str) else runner
+
+
+@functools.cache
+def _no_sandbox() -> str | None:
+    """Why no sandbox can be started here, and the remedy; None where one was."""
+    try:
+        imported("vigor.evaluation.sandbox.check", "unit_tests")()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def run_tests(runner: Runner, texts: Sequence[str], tests: Sequence[Any], reward: str) -> list[list[bool] | None]:
@@ -76,18 +102,23 @@ def run_tests(runner: Runner, texts: Sequence[str], tests: Sequence[Any], reward
     return passed
 
 
-def unit_tests(*, runner: Runner | str | None = None, column: str = "tests", partial: bool = False) -> Reward:
+def unit_tests(
+    *, runner: Runner | str = SANDBOX, column: str = "tests", partial: bool = False, unsafe_local_exec: bool = False
+) -> Reward:
     """1 if the code passes all its tests, else 0; NaN where the row has no tests.
 
     Args:
-        runner: the function that runs the tests, or the dotted path to it. Required.
+        runner: the function that runs the tests, or the dotted path to it; by default in bubblewrap.
         column: data set column with the tests, in the form that the runner reads.
         partial: the share of passed tests instead.
+        unsafe_local_exec: run the code WITHOUT isolation, with your rights on this machine: it can read, change and
+            delete your files, read your keys and use the network. For machines that can be thrown away.
 
     Raises:
-        ValueError: no runner; when scoring, one that answers for another number of codes.
+        ValueError: no sandbox can run here, or no such runner; when scoring, one that answers for another number of
+            codes.
     """
-    run = runner_of(runner, "unit_tests")
+    run = runner_of(runner, unsafe_local_exec, "unit_tests")
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
         values: list[float | None] = []

@@ -6,12 +6,14 @@ Paper: "Reinforcing General Reasoning without Verifiers", arXiv 2505.21493; code
     p(y)   = exp(Σ_j log π(a*_j | x, z, a*_<j)), a* = rest of the opener, reference and closer; 0 without an opener
     reward = p - mean of the others' p                                                         (leave-one-out)
 
-The paper's loss is mean_i [ -sg(A_i) Σ_t log π(z_t) - sg(p_i) Σ_j log π(a*_j) ] with A = reward. Its first term is
-what this reward gives under `scale_rewards="none"` and a loss without length normalisation (`loss_type="dr_grpo"`).
-Its second term, a gradient on the reference, is `reference_loss`, for loops of one's own.
+The paper's loss is mean_i [ -sg(A_i) Σ_t log π(z_t) - sg(p_i) Σ_j log π(a*_j) ] with A = reward. Under
+`scale_rewards="none"` and a loss without length normalisation (`loss_type="dr_grpo"`) that is what VigorTrainer
+minimises, over max_completion_length: it adds the second term, a gradient on the reference, to the loss (see
+`vigor.auxiliary`). `reference_loss` is that term for loops of one's own; `reference_gradient=False` leaves it out, a
+departure from the paper.
 
 Departures from the paper and its code (a setting in brackets switches one back):
- 1. The reward alone: VigorTrainer does not add the reference's gradient term.
+ 1. Without the two settings above, TRL normalises the first term as it does any reward's, and not the second.
  2. Answers stand in \boxed{}, cut after "\boxed{" and closed by "}"; there z ends with "<answer" and a* is
     "> \boxed{reference} </answer>" (`answer="tags"`).
  3. All tokens of the completion are trained on, its own answer included; there those of z.
@@ -28,8 +30,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vigor.rewards.base import Reward, from_values
-from vigor.rewards.reference import Answer, Slot, boxed_cut, check_answer, logps_of, placed, references_of
+from vigor.rewards.base import Auxiliary, Reward, Text, from_values, unshaped
+from vigor.rewards.reference import Answer, Slot, boxed_cut, logps_of, placed, references_of, slot_of, texts_of
 from vigor.rollouts import Rollouts
 from vigor.shaping import leave_one_out
 from vigor.signals import PolicyPass
@@ -48,21 +50,25 @@ _SLOTS: dict[Answer, Slot] = {
 }
 
 
-def verifree(*, column: str = "answer", answer: Answer = "boxed") -> Reward:
+def verifree(*, column: str = "answer", answer: Answer = "boxed", reference_gradient: bool = True) -> Reward:
     """The reference's probability, less the mean of the rest of the group.
 
     Args:
         column: data set column with the reference, or with a solution that boxes it; without one a row has no reward.
         answer: how answers are marked, "boxed" or "tags".
+        reference_gradient: add the paper's second term to the loss, with coefficient p.
 
     Raises:
         ValueError: an unknown `answer`.
     """
-    check_answer(answer, "verifree")
+    slot = slot_of(_SLOTS, answer, "verifree")
+
+    def texts(rollouts: Rollouts, policy: PolicyPass) -> list[Text | None]:
+        return texts_of(placed(rollouts, policy, references_of(rollouts, column, "verifree"), slot, "verifree"))
 
     def score(rollouts: Rollouts, policy: PolicyPass) -> Tensor:
         references = references_of(rollouts, column, "verifree")
-        found = logps_of(policy, placed(rollouts, policy, references, _SLOTS[answer], "verifree"))
+        found = logps_of(policy, placed(rollouts, policy, references, slot, "verifree"))
         values = [
             None if reference is None or not length else 0.0 if logps is None else float(logps.double().sum().exp())
             for logps, reference, length in zip(found, references, rollouts.lengths_B.tolist(), strict=True)
@@ -75,6 +81,7 @@ def verifree(*, column: str = "answer", answer: Answer = "boxed") -> Reward:
         score=score,
         shape=leave_one_out,
         columns=(column,),
+        auxiliary=Auxiliary(texts, coefficient=unshaped) if reference_gradient else None,
     )
 
 

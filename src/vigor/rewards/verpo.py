@@ -14,10 +14,10 @@ Departures from the paper:
  2. The statistics are those of the group itself, not of training so far.
  3. A row without tests has no reward (NaN).
 
-Runs code as `unit_tests` does: it needs a runner.
+Runs code as `unit_tests` does: in bubblewrap.
 
 Command: vigor train --prompts my.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B
-         --reward_funcs "verpo(runner=vigor.evaluation.code_tasks.run_tests)"
+         --reward_funcs verpo
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from vigor.rewards.agreement import score_groups
 from vigor.rewards.base import Reward
 from vigor.rewards.compose import column_of
-from vigor.rewards.unit_tests import Runner, run_tests, runner_of
+from vigor.rewards.unit_tests import SANDBOX, Runner, run_tests, runner_of
 from vigor.rollouts import BatchTexts, Rollouts
 from vigor.signals import PolicyPass
 
@@ -55,21 +55,28 @@ def verpo_rewards(passed_GJ: Sequence[Sequence[bool]], outcome_weight: float = 0
     ]
 
 
-def verpo(*, runner: Runner | str | None = None, column: str = "tests", outcome_weight: float = 0.5) -> Reward:
+def verpo(
+    *,
+    runner: Runner | str = SANDBOX,
+    column: str = "tests",
+    outcome_weight: float = 0.5,
+    unsafe_local_exec: bool = False,
+) -> Reward:
     """The weighted tests and the outcome, in [0, 1]; NaN where the row has no tests.
 
     Args:
-        runner: the function that runs the tests, or the dotted path to it, see `unit_tests`. Required.
+        runner: the function that runs the tests, or the dotted path to it, see `unit_tests`.
         column: data set column with the tests, the same number for every row of a group.
         outcome_weight: β, in [0, 1].
+        unsafe_local_exec: run the code WITHOUT isolation, see `unit_tests`.
 
     Raises:
-        ValueError: no runner, or β outside [0, 1]; when scoring, groups that are cut, or verdicts on different numbers
-            of tests within one group.
+        ValueError: no sandbox can run here, no such runner, or β outside [0, 1]; when scoring, groups that are cut, or
+            verdicts on different numbers of tests within one group.
     """
     if not 0 <= outcome_weight <= 1:
         raise ValueError(f"verpo: outcome_weight={outcome_weight} must lie in [0, 1].")
-    run = runner_of(runner, "verpo")
+    run = runner_of(runner, unsafe_local_exec, "verpo")
 
     def judge(texts: BatchTexts, rows: range) -> list[float | None]:
         tests = column_of(texts, column, "verpo")
