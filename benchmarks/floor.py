@@ -15,215 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STRIP, MAX_STRIPS = 128, 8
-"""As in vigor.gradnorm.squares: rows of a strip at the least, strips at the most."""
-PROJECTIONS = 32
-"""Random projections a matrix, of the sketch."""
+from vigor.flops import (
+    MAX_STRIPS,
+    MODELS,
+    PROJECTIONS,
+    Shape,
+    benchmark_shape,
+    cost,
+    direct,
+    gram,
+    kept_bytes,
+    matrices,
+    parameters,
+    shape_of,
+    strips,
+    takes_gram,
+)
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder with grouped-query attention and a gated feed-forward part (Qwen2, Llama and their like)."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    activation_bytes: int = 2
-    """Of one activation: 2 in bfloat16, 4 in float32."""
-
-
-MODELS = {
-    "Qwen2.5-0.5B": Shape(896, 24, 4864, 14, 2, 64, 151_936, True),
-    "Qwen2.5-1.5B": Shape(1536, 28, 8960, 12, 2, 128, 151_936, True),
-    "Qwen2.5-3B": Shape(2048, 36, 11_008, 16, 2, 128, 151_936, True),
-    "Qwen2.5-7B": Shape(3584, 28, 18_944, 28, 4, 128, 152_064, False),
-}
 LENGTHS = (512, 1024, 3072)
 BENCHMARKS = ("512x8000x8x128", "512x8000x8x256", "512x8000x8x512", "512x32000x8x128", "1024x8000x8x128")
 """Shapes of benchmarks/gradnorm.py: width x vocabulary x rows x tokens."""
-
-
-def benchmark_shape(text: str, layers: int) -> tuple[Shape, int]:
-    """The model of benchmarks/gradnorm.py for such a shape, and T."""
-    width, vocabulary, _, tokens = map(int, text.split("x"))
-    return Shape(width, layers, width * 11 // 4, width // 64, max(1, width // 256), 64, vocabulary, True, 4), tokens
 
 
 def read_shape(folder: str) -> Shape:
     """The shape in a model folder's config.json, with transformers' defaults for what it leaves out."""
     from transformers import AutoConfig
 
-    c = AutoConfig.from_pretrained(folder)
-    head_dim = vars(c).get("head_dim") or c.hidden_size // c.num_attention_heads
-    sizes = c.hidden_size, c.num_hidden_layers, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads
-    return Shape(*sizes, head_dim, c.vocab_size, c.tie_word_embeddings)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """`count` linear maps from p to q numbers; those of a layer with the same `source` have the same input."""
-
-    name: str
-    p: int
-    q: int
-    count: int
-    source: str
-
-
-def matrices(s: Shape) -> list[Matrix]:
-    """Every linear map, the output head last."""
-    wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    return [
-        Matrix("q_proj", s.hidden, wide, s.layers, "attention"),
-        Matrix("k_proj", s.hidden, narrow, s.layers, "attention"),
-        Matrix("v_proj", s.hidden, narrow, s.layers, "attention"),
-        Matrix("o_proj", wide, s.hidden, s.layers, "attended"),
-        Matrix("gate_proj", s.hidden, s.intermediate, s.layers, "feed-forward"),
-        Matrix("up_proj", s.hidden, s.intermediate, s.layers, "feed-forward"),
-        Matrix("down_proj", s.intermediate, s.hidden, s.layers, "activated"),
-        Matrix("lm_head", s.hidden, s.vocabulary, 1, "final"),
-    ]
-
-
-# Operations -----------------------------------------------------------------------------------------------------------
-
-
-def products(s: Shape, T: int) -> int:
-    """Of the linear maps, once: the forward pass, the input gradients and the weight gradients cost this each."""
-    return sum(2 * T * m.p * m.q * m.count for m in matrices(s))
-
-
-def attention(s: Shape, T: int, *, causal: bool = True) -> float:
-    """Scores and weighted values, forward."""
-    return 4 * T * T * s.heads * s.head_dim * s.layers * (0.5 if causal else 1)
-
-
-def strips(T: int) -> int:
-    """In how many strips the lower triangle of a Gram matrix is computed."""
-    return max(1, min(MAX_STRIPS, T // STRIP))
-
-
-def gram(T: int, d: int) -> float:
-    """Lower triangle of X Xᵀ for X (T, d), in strips."""
-    n = strips(T)
-    return sum(2 * (T * (i + 1) // n - T * i // n) * (T * (i + 1) // n) * d for i in range(n))
-
-
-def direct(T: int, p: int, q: int) -> int:
-    """Gᵀ A."""
-    return 2 * T * p * q
-
-
-def takes_gram(T: int, p: int, q: int) -> bool:
-    """The library's choice for one matrix; it leaves out that A Aᵀ may be there already."""
-    n = strips(T)
-    return (n + 1) / n * T * (p + q) <= 2 * p * q
-
-
-def keeps_gradient(s: Shape, T: int, m: Matrix) -> bool:
-    """Whether the fused update keeps a sequence's float32 gradient rather than its inputs and output gradients."""
-    return 4 * m.p * m.q <= s.activation_bytes * T * (m.p + m.q)
-
-
-def linear_norms(s: Shape, T: int, *, rule: str = "library", fused: bool = False) -> float:
-    """Squared norms of all linear maps: by the library's choice, "direct" everywhere, or by the "cheapest" choice.
-
-    With `fused`, matrices whose gradients are kept take their norms from these.
-    """
-    total = 0.0
-    for source in dict.fromkeys(m.source for m in matrices(s)):
-        group = [m for m in matrices(s) if m.source == source]
-        kept = [m for m in group if fused and keeps_gradient(s, T, m)]
-        free = [m for m in group if m not in kept]
-        if rule == "library":
-            by_gram = [m for m in free if takes_gram(T, m.p, m.q)]
-        elif rule == "cheapest":
-            by_gram = [m for m in free if gram(T, m.q) < direct(T, m.p, m.q)]
-            if by_gram and gram(T, group[0].p) + sum(gram(T, m.q) - direct(T, m.p, m.q) for m in by_gram) > 0:
-                by_gram = []
-        else:
-            by_gram = []
-        cost = sum(gram(T, m.q) if m in by_gram else direct(T, m.p, m.q) for m in group)
-        total += (cost + (gram(T, group[0].p) if by_gram else 0)) * group[0].count
-    return total
-
-
-def embedding_norms(s: Shape, T: int) -> int:
-    """D Dᵀ over pairs of equal tokens, and, where head and embedding are tied, A Dᵀ for their product."""
-    return (2 if s.tied else 1) * 2 * T * T * s.hidden
-
-
-def sketch_norms(s: Shape, T: int, k: int = PROJECTIONS) -> int:
-    """(G Ω)ᵀ A for every linear map; of an untied embedding the exact norm, of a tied one its projection."""
-    linear = sum(2 * T * k * (m.p + m.q) * m.count for m in matrices(s))
-    return linear + (2 * T * k * s.hidden if s.tied else embedding_norms(s, T))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Operations on one sequence."""
-
-    forward: float
-    backward: float
-    """Of the plain pass: input gradients and weight gradients."""
-    norms: float
-    """A whole pass that gives norms and no gradient."""
-    direct: float
-    """The same with direct products everywhere."""
-    cheapest: float
-    """The same with the cheapest choice for each set of matrices that share an input."""
-    sketch: float
-    keep: float
-    """Norms and weighted gradient from one pass, inputs and output gradients kept."""
-    retain: float
-    """The same by a second backward pass over the retained graph; the head is run again."""
-
-    @property
-    def plain(self) -> float:
-        """The plain forward and backward pass."""
-        return self.forward + self.backward
-
-    @property
-    def two_passes(self) -> float:
-        """Norms first, then the plain pass."""
-        return self.norms + self.plain
-
-
-def cost(s: Shape, T: int) -> Cost:
-    """Everything for one sequence of T tokens."""
-    product, attend = products(s, T), attention(s, T)
-    forward, inputs = product + attend, product + 2.5 * attend
-    pass_, embedding = forward + inputs, embedding_norms(s, T)
-    second = sum((2 * m.p * m.q if keeps_gradient(s, T, m) else direct(T, m.p, m.q)) * m.count for m in matrices(s))
-    norms = pass_ + linear_norms(s, T) + embedding
-    return Cost(
-        forward=forward,
-        backward=inputs + product,
-        norms=norms,
-        direct=pass_ + linear_norms(s, T, rule="direct") + embedding,
-        cheapest=pass_ + linear_norms(s, T, rule="cheapest") + embedding,
-        sketch=pass_ + sketch_norms(s, T),
-        keep=pass_ + linear_norms(s, T, fused=True) + embedding + second,
-        retain=norms + inputs + product + direct(T, s.hidden, s.vocabulary),
-    )
-
-
-# Bytes ----------------------------------------------------------------------------------------------------------------
-
-
-def parameters(s: Shape) -> int:
-    """Of the matrices and the embedding."""
-    total = sum(m.p * m.q * m.count for m in matrices(s))
-    return total if s.tied else total + s.hidden * s.vocabulary
+    return shape_of(AutoConfig.from_pretrained(folder))
 
 
 def gram_bytes(s: Shape, T: int) -> float:
@@ -238,16 +59,6 @@ def gram_bytes(s: Shape, T: int) -> float:
 def block_bytes(s: Shape, T: int) -> int:
     """Gradients of the directly computed matrices in float32, written once and read once, through a block of 16 MiB."""
     return sum(m.p * m.q * m.count * 4 * 2 for m in matrices(s) if not takes_gram(T, m.p, m.q))
-
-
-def kept_bytes(s: Shape, T: int) -> int:
-    """Held for the fused update: inputs (once for those that share them) and output gradients, or float32
-    gradients."""
-    products_of = {m.source: m for m in matrices(s) if not keeps_gradient(s, T, m)}
-    inputs = sum(m.p * m.count for m in products_of.values())
-    outputs = sum(m.q * m.count for m in matrices(s) if not keeps_gradient(s, T, m))
-    gradients = sum(m.p * m.q * m.count for m in matrices(s) if keeps_gradient(s, T, m))
-    return s.activation_bytes * T * (inputs + outputs) + 4 * gradients
 
 
 # Report ---------------------------------------------------------------------------------------------------------------

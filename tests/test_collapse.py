@@ -58,8 +58,7 @@ def stand_in(folder: Path, body: str) -> str:
     script.write_text(
         "#!/usr/bin/env python3\nimport pathlib, shutil, sys, time\n"
         f"here = pathlib.Path({str(folder)!r})\n"
-        "folder = pathlib.Path(sys.argv[-1]) / 'completions'\nfolder.mkdir(parents=True)\n"
-        + body
+        "folder = pathlib.Path(sys.argv[-1]) / 'completions'\nfolder.mkdir(parents=True)\n" + body
     )
     script.chmod(0o755)
     return str(script)

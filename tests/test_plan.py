@@ -10,7 +10,8 @@ from helpers_trainer import lab_tokenizer, tiny_config, tiny_model
 from peft import LoraConfig
 
 from vigor import VigorConfig
-from vigor.plan import Memory, describe, estimate_memory
+from vigor.plan import describe, estimate_memory
+from vigor.planner.memory import Memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+
+from vigor.planner.memory import Memory, Setup, Work, memory_of
+from vigor.planner.model import read_model
 
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes on one process, nothing sharded: what stays, and what each phase adds to it.
-
-    Weights, gradients and optimizer state are counted; activations are a formula for decoder layers (8 hidden + 4
-    feed-forward values a token and layer, or 1 hidden with gradient checkpointing). Fragmentation, CUDA's own memory
-    and vLLM's share are not in it.
-    """
-
-    parameters: int
-    trainable: int
-    resident: dict[str, int]
-    phases: dict[str, int]
-
-    @property
-    def peak(self) -> int:
-        """Resident bytes plus the largest phase."""
-        return sum(self.resident.values()) + max(self.phases.values())
-
-    @property
-    def dominant(self) -> str:
-        """The largest single part of the peak."""
-        phase = max(self.phases, key=lambda name: self.phases[name])
-        parts = {**self.resident, phase: self.phases[phase]}
-        return max(parts, key=lambda name: parts[name])
-
-
 def estimate_memory(model: str, args: Any, *, dtype: str | None, prompt_length: int, peft_config: Any = None) -> Memory:
-    """Memory of one process that trains `model` under a `VigorConfig`, without loading its weights.
+    """Memory of one process that trains `model` under a `VigorConfig`, nothing sharded, without loading its weights.
 
     Args:
         model: name or folder; only its config.json is read.
@@ -52,41 +26,33 @@ def estimate_memory(model: str, args: Any, *, dtype: str | None, prompt_length: 
     Raises:
         OSError: the model's config cannot be read.
     """
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            skeleton = get_peft_model(skeleton, peft_config)
-    parameters = sum(p.numel() for p in skeleton.parameters())
-    trainable = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     size = torch.empty((), dtype=getattr(torch, dtype if dtype not in (None, "auto") else "float32")).element_size()
-
-    text = config.get_text_config()
-    layers, hidden, vocabulary = text.num_hidden_layers, text.hidden_size, text.vocab_size
-    heads = text.num_attention_heads
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or hidden // heads)
-    feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden
-    length = prompt_length + args.max_completion_length
-    rows = args.per_device_train_batch_size
-    compute = 2 if args.bf16 or args.fp16 else size
-
-    layer = (8 * hidden + 4 * feed_forward) * compute
-    per_token = (layers * hidden * compute + layer) if args.gradient_checkpointing else layers * layer
-    generated = rows * args.steps_per_generation
-    resident = {"weights": parameters * size, "gradients": trainable * size, "optimizer (AdamW)": 2 * trainable * size}
-    if args.beta > 0 and peft_config is None:
-        resident["reference model"] = parameters * size
-    phases = {
-        "generation (KV cache)": generated * (length * layers * 2 * kv * compute + vocabulary * 4),
-        "reward (one sequence's gradient, activations, logits)": trainable * size
-        + length * (per_token + vocabulary * (compute + 8)),
-        "update (activations)": rows * length * per_token,
-    }
-    if args.use_vllm:
-        del phases["generation (KV cache)"]
-    return Memory(parameters, trainable, resident, phases)
+    work = Work(
+        prompts=args.generation_batch_size // args.num_generations,
+        generations=args.num_generations,
+        prompt_length=prompt_length,
+        completion_length=args.max_completion_length,
+        mean_length=args.max_completion_length,
+        weight_bytes=size,
+        compute_bytes=2 if args.bf16 or args.fp16 else size,
+        beta=args.beta,
+        iterations=args.num_iterations,
+        loss_type=args.loss_type,
+        fused=args.fused,
+        correction=args.vllm_importance_sampling_correction,
+    )
+    setup = Setup(
+        processes=1,
+        rows=args.per_device_train_batch_size,
+        accumulation=args.steps_per_generation,
+        checkpointing=args.gradient_checkpointing,
+        sampler=args.vllm_mode if args.use_vllm else "transformers",
+        share=args.vllm_gpu_memory_utilization,
+        sleep=args.vllm_enable_sleep_mode,
+    )
+    found = read_model(model, trust_remote_code=args.trust_remote_code, peft_config=peft_config)
+    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return memory_of(found, work, setup, device="cpu" if args.use_cpu else "cuda", gpu_memory=total)
 
 
 def total_steps(args: Any, n_prompts: int) -> int:
@@ -129,13 +95,15 @@ def describe(args: Any, *, n_prompts: int, longest_prompt: int, rewards: dict[st
     if isinstance(memory, str):
         return "\n".join([*lines, f"memory        unknown: {memory}"])
     parts = {**memory.resident, **memory.phases}
+    fused = f"keep {_gib(memory.fused.keep)}, retain {_gib(memory.fused.retain)}"
     lines += [
         f"model         {memory.parameters:,} parameters, {memory.trainable:,} trainable",
         f"memory        about {_gib(memory.peak)} a process at the peak, most of it {memory.dominant} (an estimate: "
         "expect ±30 %)",
         *(f"              {_gib(amount):>10}  {name}" for name, amount in parts.items()),
+        f"fused update  {args.fused}; of a whole batch it would hold: {fused}" * (args.fused != "off"),
     ]
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line)
 
 
 def _name(value: Any) -> str:

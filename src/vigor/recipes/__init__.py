@@ -32,6 +32,8 @@ def resolve(name_or_path: str, *, comparisons: bool = False) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
+    if path.exists():
+        raise ValueError(f"--config {name_or_path} is no file. Name a YAML file, or a recipe (see `vigor recipes`).")
     folders = [_folder(), *([_folder() / "compare"] if comparisons else [])]
     for folder in folders:
         if name_or_path in _names(folder):
@@ -42,9 +44,9 @@ def resolve(name_or_path: str, *, comparisons: bool = False) -> Path:
     )
 
 
-def summary(name: str) -> str:
-    """The first comment line of a recipe: what it is."""
-    return resolve(name).read_text("utf-8").splitlines()[0].lstrip("# ")
+def summary(name: str, *, comparisons: bool = False) -> str:
+    """The first comment line of a recipe, or of a comparison: what it is."""
+    return resolve(name, comparisons=comparisons).read_text("utf-8").splitlines()[0].lstrip("# ")
 
 
 def _names(folder: Path) -> list[str]:
