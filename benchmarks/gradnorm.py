@@ -2,6 +2,8 @@
 
     python benchmarks/gradnorm.py                         # about 40 minutes on one core
     python benchmarks/gradnorm.py --shapes 512x8000x8x128 --rounds 5 --out gradnorm.json
+    python benchmarks/gradnorm.py --batch 8 16 --tokens 128 256 512 --vocabulary 8000 32000 --minutes 15 --no_peak
+    PYTHONPATH=/tmp/opacus python benchmarks/gradnorm.py --only opacus batched --batch 8 --tokens 128 256
     python benchmarks/gradnorm.py --lora 16 --shapes 512x8000x8x256
     python benchmarks/gradnorm.py --device cuda --dtype bfloat16 --layers 24 --shapes 896x151936x8x1024
     python benchmarks/gradnorm.py --plot gradnorm.json --out docs/results/gradnorm.png
@@ -20,7 +22,8 @@ others.
     gram, direct the same with one of its two forms for every matrix
     sketch       method="sketch", 32 projections
     vmap         torch.func: vmap of the gradient over the rows
-    opacus       Opacus' ghost norms, if opacus is installed (untied embeddings; it refuses tied ones)
+    opacus       Opacus' ghost norms, if opacus is there (untied embeddings: it refuses tied ones); the pass also forms
+                 the ordinary gradient
     grpo         the update of TRL's GRPOTrainer: forward and backward with its own head, entropies included
     two-pass     batched, then grpo
     keep         fused_grad_norms(mode="keep"), entropies, and the update from it
@@ -39,6 +42,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -282,8 +286,14 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def time_case(case: Case, rounds: int, only: list[str] | None) -> dict[str, dict[str, float]]:
-    """Median and quartiles of the ratio to `train`, ratio to `grpo`, and seconds, by candidate."""
+def time_case(
+    case: Case, rounds: int, only: list[str] | None, budget: float = float("inf")
+) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the ratio to `train`, ratio to `grpo`, and seconds, by candidate.
+
+    At most `rounds` rounds, and two at least; the third and later ones only if they fit into `budget` seconds.
+    """
+    began = time.monotonic()
     made = candidates(case)
     if only:
         made = {name: run for name, run in made.items() if name in {"train", "grpo", *only}}
@@ -294,7 +304,10 @@ def time_case(case: Case, rounds: int, only: list[str] | None) -> dict[str, dict
         except (RuntimeError, NotImplementedError, ValueError) as error:
             print(f"  {name} cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}")
             del made[name], seconds[name]
-    for _ in range(rounds):
+    for done in range(rounds):
+        each = (time.monotonic() - began) / (done + 1)  # the warm-up is as long as a round
+        if done >= 2 and time.monotonic() - began + each > budget:
+            break
         for name, run in made.items():
             started = clock(case.device)
             run()
@@ -306,6 +319,7 @@ def time_case(case: Case, rounds: int, only: list[str] | None) -> dict[str, dict
         low, _, high = quantiles(ratios, n=4)
         results[name] = {"ratio": median(ratios), "low": low, "high": high, "to_grpo": median(to_grpo)}
         results[name]["seconds"] = median(values)
+        results[name]["rounds"] = len(values)
     return results
 
 
@@ -329,9 +343,23 @@ def plot(files: list[Path], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def _shapes(args: argparse.Namespace) -> list[str]:
+    """`--shapes`, or all combinations of the four sizes if one of them is given; the cheapest first."""
+    sizes = (args.width, args.vocabulary, args.batch, args.tokens)
+    if not any(sizes):
+        return list(args.shapes)
+    defaults = ([512], [8000], [8], [256])
+    shapes = list(product(*(size or default for size, default in zip(sizes, defaults, strict=True))))
+    shapes.sort(key=lambda shape: shape[2] * shape[3] * (shape[0] * 80 + shape[1]))
+    return ["x".join(map(str, shape)) for shape in shapes]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="width x vocabulary x rows x tokens")
+    for name, what in (("width", "hidden sizes"), ("vocabulary", "sizes"), ("batch", "rows"), ("tokens", "a row")):
+        parser.add_argument(f"--{name}", nargs="+", type=int, help=f"{what}; instead of --shapes, all combinations")
+    parser.add_argument("--minutes", type=float, help="stop a shape's rounds (after two) so that all take about this")
     parser.add_argument("--density", type=float, default=1.0, help="share of real tokens in the padded batch")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters on all linear layers; 0: train all")
@@ -349,7 +377,7 @@ def main() -> None:
         return plot(args.plot, args.out)
     cases = [
         Case(shape, args.density, args.layers, args.lora, args.device, args.dtype, args.checkpointing)
-        for shape in args.shapes
+        for shape in _shapes(args)
     ]
     if args.peak:
         return print_peak(cases[0], args.peak)
@@ -358,14 +386,15 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
     everything = {}
+    until = time.monotonic() + (60 * args.minutes if args.minutes else float("inf"))
     print(
         f"{'CPU time' if args.device == 'cpu' else 'time'} relative to train [quartiles], to grpo; median of "
         f"{args.rounds} rounds; density {args.density:g}, {args.layers} layers, LoRA {args.lora or 'none'}, "
         f"{args.device}, {args.dtype}; peak MB"
     )
-    for case in cases:
+    for i, case in enumerate(cases):
         print(f"\n{case.shape}", flush=True)
-        results = time_case(case, args.rounds, args.only)
+        results = time_case(case, args.rounds, args.only, (until - time.monotonic()) / len(cases[i:]))
         for name, r in results.items():
             line = f"  {name:<9}{r['ratio']:6.2f} [{r['low']:.2f}, {r['high']:.2f}] {r['to_grpo']:6.2f}"
             line += f"  {r['seconds']:7.2f} s"

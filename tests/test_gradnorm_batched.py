@@ -14,9 +14,10 @@ from models import SIDES, ZOO, enable_checkpointing, lora, qwen2
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, sequence_grad_norms
+from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, engine, sequence_grad_norms
 from vigor.gradnorm.engine import micro_batches
 from vigor.gradnorm.squares import GramCache, cross_product, linear_square, rows_square
+from vigor.rollouts import Row
 
 VOCABULARY = 41
 _SIZE = {
@@ -416,7 +417,9 @@ def test_direct_form_in_blocks() -> None:
     torch.testing.assert_close(linear_square(a, g, GramCache()), wanted, rtol=1e-12, atol=0)
 
 
-def test_rows_square_and_cross_product() -> None:
+@pytest.mark.parametrize("block", [1 << 22, 100])
+def test_rows_square_and_cross_product(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vigor.gradnorm.squares.BLOCK", block)
     ids = torch.randint(0, 6, (3, 20))
     d, a = torch.randn(3, 20, 4, dtype=torch.float64), torch.randn(3, 17, 4, dtype=torch.float64)
     g = torch.randn(3, 17, 6, dtype=torch.float64)
@@ -445,6 +448,23 @@ def test_micro_batches_hold_rows_of_like_length_within_the_bounds() -> None:
     assert [[mixed[b] for b in batch] for batch in batches] == [[100, 300], [500], [1000, 1100], [2000]]
     assert [len(b) for b in micro_batches([9] * 5, 2, 16_384)] == [2, 2, 1]
     assert [len(b) for b in micro_batches([1000] * 3, None, (1 << 28) // 150_000)] == [1, 1, 1]
+
+
+def test_a_micro_batch_is_at_most_half_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a small batch would need nearly the memory of a training step; passes that are kept are all held anyway."""
+    monkeypatch.setattr(engine, "ACTIVATIONS", 1)
+    model = build("qwen2-tied", torch.float32)
+    ids = torch.ones(100, dtype=torch.int64)
+
+    def most_tokens(rows: int, keep: Any = "nothing") -> int:
+        row = Row(ids, ids.bool(), ids)
+        settings, chosen = engine.Settings(keep=keep), dict(model.named_parameters())
+        return engine.Engine(model, chosen, [row] * rows, settings, device=ids.device).most_tokens()
+
+    assert [most_tokens(rows) for rows in (1, 8, 16, 50)] == [512, 512, 800, 1024]
+    assert most_tokens(8, "keep") == most_tokens(8, "retain") == 1024
+    enable_checkpointing(model, use_reentrant=False)
+    assert most_tokens(50) == 512
 
 
 def test_sides_of_padding_change_nothing() -> None:

@@ -15,16 +15,20 @@ from vigor.gradnorm.engine import Engine, Method, Settings
 from vigor.gradnorm.loop import Accumulation
 from vigor.gradnorm.mode import scoring_mode
 from vigor.gradnorm.norms import Exact, Sketch
-from vigor.gradnorm.parameters import Parameters, select_parameters
+from vigor.gradnorm.packed import unpack
+from vigor.gradnorm.parameters import Parameters, differentiable, select_parameters
+from vigor.gradnorm.sharded import inner_model, sharding_of
 from vigor.rollouts import Row, identical_rows, strip_padding
 
 
 def sequence_grad_norms(
     model: nn.Module,
     input_ids: Int[Tensor, "B L"],
-    attention_mask: Shaped[Tensor, "B L"],
+    attention_mask: Shaped[Tensor, ...] | None,
     completion_mask: Shaped[Tensor, "B L"],
     *,
+    position_ids: Int[Tensor, "B L"] | None = None,
+    sequence_ids: Int[Tensor, "B L"] | None = None,
     parameters: Parameters = "trainable",
     method: Method = "auto",
     temperature: float = 1.0,
@@ -35,7 +39,7 @@ def sequence_grad_norms(
     self_check: bool = True,
     return_token_logps: bool = False,
     on_logits: OnLogits | None = None,
-) -> Float[Tensor, " B"] | tuple[Float[Tensor, " B"], Float[Tensor, "B L"]]:
+) -> Float[Tensor, " N"] | tuple[Float[Tensor, " N"], Float[Tensor, "B L"]]:
     """‖∇_θ NLL_b‖₂ for every row b: the quantity under VIGOR's reward (arXiv 2605.09920).
 
     NLL_b is the mean over the counted tokens of row b of -log softmax(logits / temperature), the logit at t-1
@@ -46,8 +50,10 @@ def sequence_grad_norms(
     Args:
         model: causal language model, called as `model(input_ids, attention_mask, use_cache=False).logits`.
         input_ids: int64 token ids, padded anywhere.
-        attention_mask: 1 on real tokens; the masks may have any dtype.
+        attention_mask: 1 on real tokens, None if all are; the masks may have any dtype.
         completion_mask: 1 on the counted tokens; a row's first real token cannot be counted.
+        position_ids, sequence_ids: one of them if rows are packed, several sequences in each; see `unpack`, by which
+            they are taken apart. Below, a row is then a sequence.
         parameters: see `select_parameters`.
         method: "loop" differentiates row by row: one forward and backward each, the definition itself. "batched" takes
             one forward and one backward for a micro-batch and forms no parameter gradient: exact for linear layers,
@@ -71,14 +77,25 @@ def sequence_grad_norms(
 
     Returns:
         (B,) float32 (float64 for a float64 model), in nats per parameter unit; NaN for a row without counted tokens.
+        From packed rows (N,), a norm a sequence, in the order of rows and of places in them; token log-probabilities
+        and `on_logits` keep to the packed layout.
 
     Raises:
         ValueError: unknown method or accumulation, temperature or micro_batch not positive, `parameters` selects
-            nothing, tensors of different shapes, or a row whose first token is counted.
+            nothing, tensors of different shapes, a row whose first token is counted, or packed rows that cannot be
+            taken apart.
         UnsupportedModule: method="batched" or "sketch" met a use of a parameter that it cannot compute exactly.
         SelfCheckFailed: method="batched" or "sketch" disagreed with the loop.
     """
     _check(method, accumulation, temperature, micro_batch, projections)
+    packed = None
+    if position_ids is not None or sequence_ids is not None:
+        packed = unpack(
+            input_ids, attention_mask, completion_mask, position_ids=position_ids, sequence_ids=sequence_ids
+        )
+        input_ids, attention_mask = packed.input_ids_NT, packed.attention_mask_NT
+        completion_mask = packed.completion_mask_NT
+        on_logits = None if on_logits is None else packed.reported(on_logits)
     settings = Settings(
         temperature=temperature,
         accumulation=accumulation,
@@ -88,7 +105,7 @@ def sequence_grad_norms(
     scored = score(
         model,
         input_ids,
-        attention_mask,
+        torch.ones_like(input_ids) if attention_mask is None else attention_mask,
         completion_mask,
         parameters=parameters,
         method=method,
@@ -96,7 +113,9 @@ def sequence_grad_norms(
         self_check=self_check,
         settings=settings,
     )
-    return (scored.norms_B, scored.logps_BL) if return_token_logps else scored.norms_B
+    if not return_token_logps:
+        return scored.norms_B
+    return scored.norms_B, scored.logps_BL if packed is None else packed.pack(scored.logps_BL)
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,10 @@ def score(
     settings: Settings,
 ) -> Scored:
     """What `sequence_grad_norms` and `fused_grad_norms` share; see there."""
+    model = inner_model(model)
     chosen = select_parameters(model, parameters)
+    sharding = sharding_of(model)
+    _check_sharded(sharding is not None, settings)
     rows = strip_padding(input_ids, attention_mask, completion_mask)
     dtype = torch.promote_types(next(iter(chosen.values())).dtype, torch.float32)
     norms = torch.full((len(rows),), torch.nan, dtype=dtype, device=input_ids.device)
@@ -133,9 +155,16 @@ def score(
     # Before torch 2.10, weights that autocast cast under no_grad are reused without their graph (pytorch#112583): a
     # forward pass such as that of `token_stats`, in the same autocast region, would leave gradients out.
     torch.clear_autocast_cache()
-    with scoring_mode(model), torch.enable_grad():
+    with scoring_mode(model), torch.enable_grad(), differentiable(chosen.values()):
         first = [group[0] for group in same]
-        engine = Engine(model, chosen, [rows[b] for b in first], _reported(settings, rows, first))
+        engine = Engine(
+            model,
+            chosen,
+            [rows[b] for b in first],
+            _reported(settings, rows, first),
+            device=input_ids.device,
+            sharding=sharding,
+        )
         results = engine.run(method, micro_batch, self_check)
     for group, (norm, logps_T) in zip(same, results, strict=True):
         for b in group:
@@ -162,6 +191,19 @@ def _check(method: str, accumulation: str, temperature: float, micro_batch: int 
         raise ValueError(f"sequence_grad_norms: micro_batch must be at least 1, got {micro_batch}.")
     if projections < 1:
         raise ValueError(f"sequence_grad_norms: projections must be at least 1, got {projections}.")
+
+
+def _check_sharded(sharded: bool, settings: Settings) -> None:
+    if sharded and settings.keep != "nothing":
+        raise ValueError(
+            "fused_grad_norms: the parameters are sharded (FSDP2), and the update's gradients would have to be "
+            "scattered by hand. Take the norms with sequence_grad_norms, the update from a backward pass of its own."
+        )
+    if sharded and settings.accumulation != "float32":
+        raise ValueError(
+            f"sequence_grad_norms: accumulation={settings.accumulation!r} rounds whole gradients as the official code "
+            "does, in one process; the parameters are sharded (FSDP2). Use 'float32'."
+        )
 
 
 def _reported(settings: Settings, rows: list[Row], first: list[int]) -> Settings:

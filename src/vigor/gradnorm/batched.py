@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vigor.gradnorm import vocabulary
 from vigor.gradnorm.capture import Capture
 from vigor.gradnorm.head import Counted, NoDecoder, counted_parts, find_decoder, hidden_states, logits_of
 from vigor.gradnorm.kept import Gradients
 from vigor.gradnorm.norms import Norms
 from vigor.gradnorm.route import captured
+from vigor.gradnorm.sharded import Sharding
+from vigor.gradnorm.vocabulary import SlicedHead
 from vigor.rollouts import Row
 
 Keep = Literal["nothing", "keep", "retain"]
@@ -45,9 +49,10 @@ class Pass:
         keep: Keep = "nothing",
         on_logits: OnLogits | None = None,
         indices: list[int] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.model, self.rows, self.temperature, self.keep = model, rows, temperature, keep
-        self.on_logits, self.indices = on_logits, indices
+        self.on_logits, self.indices, self.sharded = on_logits, indices, sharding is not None
         self.ids_BL = nn.utils.rnn.pad_sequence([row.ids_L for row in rows], batch_first=True)
         self.attended_BL = nn.utils.rnn.pad_sequence([torch.ones_like(row.ids_L) for row in rows], batch_first=True)
         self.counted_BL = nn.utils.rnn.pad_sequence([row.completion_L for row in rows], batch_first=True)
@@ -61,7 +66,7 @@ class Pass:
             keep=keep == "keep",
         )
         self.logps: list[Tensor] = []
-        with captured(model, self.capture):
+        with captured(model, self.capture, sharding):
             try:
                 self._forward()
             except NoDecoder:
@@ -76,8 +81,10 @@ class Pass:
         inputs = {"input_ids": self.ids_BL, "attention_mask": self.attended_BL}
         self.output = hidden_states(self.model, self.decoder, inputs, self._paused)
         self.hidden_BLh = self.output.last_hidden_state
-        vocabulary = max((p.shape[0] for p in self.model.parameters() if p.ndim == 2), default=1)
-        self.parts = counted_parts(self.ids_BL, self.counted_BL, self.lengths, vocabulary)
+        self.vocabulary = max(
+            (p.shape[0] for p in self.model.parameters() if p.ndim == 2 and p.is_floating_point()), default=1
+        )
+        self.parts = counted_parts(self.ids_BL, self.counted_BL, self.lengths, self.vocabulary)
         gradient_BLh = torch.zeros_like(self.hidden_BLh)
         for part in self.parts:
             # Mean over the row's counted tokens of -log π: each token's log-probability has the weight -1/T.
@@ -93,6 +100,18 @@ class Pass:
         """Backward through the head of Σ weights · log π; returns the log-probabilities, without a graph."""
         with self.capture.head(part.rows, part.at_BT.shape[1]):
             picked_BTh = part.pick(self.hidden_BLh)
+            sliced = self._sliced(picked_BTh)
+            if sliced is not None:
+                logps_1T, gradient_1Th = sliced.differentiate(
+                    self.capture,
+                    picked_BTh,
+                    part.targets_BT,
+                    weights_BT,
+                    temperature=self.temperature,
+                    report=partial(self._report, part),
+                )
+                part.scatter(gradient_1Th, gradient_BLh)
+                return logps_1T
             logits_BTV = logits_of(self.model, self.decoder, self.output, picked_BTh)
             logps_BT, dlogits_BTV = self._differentiate(logits_BTV.detach(), part, weights_BT)
             (found,) = self.capture.backward([logits_BTV], [dlogits_BTV], [picked_BTh])
@@ -100,24 +119,42 @@ class Pass:
             part.scatter(found, gradient_BLh)
         return logps_BT
 
+    def _sliced(self, picked_BTh: Tensor) -> SlicedHead | None:
+        """The head in slices, where it is one row's and its logits are too many, and it can be had so."""
+        B, T = picked_BTh.shape[:2]
+        kept = self.capture.kept is not None  # the update needs the logits' gradient whole
+        if B > 1 or T * self.vocabulary <= vocabulary.WHOLE_LOGITS or kept or self.sharded:
+            return None
+        chosen = self.capture.parameters.values()
+        return SlicedHead.of(self.model, self.decoder, self.output, picked_BTh, chosen, self._paused)
+
     def _differentiate(self, logits_BTV: Tensor, part: Counted, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
         """log π (B, T), and the gradient of Σ weights · log π in the logits."""
-        z_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        if self.temperature != 1:
-            z_BTV = z_BTV / self.temperature
-        if self.on_logits is not None and self.capture.gradients is None:
-            assert self.indices is not None
-            row_B = torch.tensor(self.indices[part.rows], device=z_BTV.device)
-            row_N = row_B[:, None].expand_as(part.real_BT)[part.real_BT]
-            even = len(set(self.lengths[part.rows])) == 1  # then there is no padding, and no need to copy all logits
-            z_NV = z_BTV.flatten(0, 1) if even else z_BTV[part.real_BT]
-            self.on_logits(row_N, part.at_BT[part.real_BT] + 1, z_NV, part.targets_BT[part.real_BT])
+        z_BTV = self._scaled(logits_BTV)
+        self._report(part, z_BTV, slice(None))
         log_probs_BTV = z_BTV.log_softmax(-1)
         logps_BT = log_probs_BTV.gather(-1, part.targets_BT[..., None]).squeeze(-1)
         weights_BT1 = (weights_BT / self.temperature).to(z_BTV.dtype)[..., None]
         gradient_BTV = log_probs_BTV.exp_().mul_(-weights_BT1)
         gradient_BTV.scatter_add_(-1, part.targets_BT[..., None], weights_BT1)
         return logps_BT, gradient_BTV.to(logits_BTV.dtype)
+
+    def _scaled(self, logits_BTV: Tensor) -> Tensor:
+        """Logits / temperature, float32 or wider."""
+        z_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        return z_BTV if self.temperature == 1 else z_BTV / self.temperature
+
+    def _report(self, part: Counted, z_BTV: Tensor, tokens: slice) -> None:
+        """Hands the logits of some of the part's tokens to `on_logits`, once."""
+        if self.on_logits is None or self.capture.gradients is not None:
+            return
+        assert self.indices is not None
+        real_BT, at_BT, targets_BT = (x[:, tokens] for x in (part.real_BT, part.at_BT, part.targets_BT))
+        row_B = torch.tensor(self.indices[part.rows], device=z_BTV.device)
+        row_N = row_B[:, None].expand_as(real_BT)[real_BT]
+        even = len(set(self.lengths[part.rows])) == 1  # then there is no padding, and no need to copy all logits
+        z_NV = z_BTV.flatten(0, 1) if even else z_BTV[real_BT]
+        self.on_logits(row_N, at_BT[real_BT] + 1, z_NV, targets_BT[real_BT])
 
     def _body(self, gradient_BLh: Tensor, *, retain_graph: bool) -> None:
         if self.hidden_BLh.requires_grad:

@@ -7,7 +7,7 @@ the same again, weighted, and what comes of it is the parameters' gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -41,6 +41,8 @@ class Uses:
     """Ids and output gradients of embedding uses."""
     selected: list[tuple[slice, Tensor, Tensor, Tensor]] = field(default_factory=list)
     """Where a matrix is both: rows, an embedding use's ids, the linear use's output gradients there, its inputs."""
+    at_ids: list[tuple[slice, Tensor, Tensor]] = field(default_factory=list)
+    """The same of a linear use that came in slices: rows, an embedding use's ids, the linear use's gradient there."""
 
 
 class Capture:
@@ -67,6 +69,9 @@ class Capture:
     ) -> None:
         self.parameters = parameters
         self.names = {id(p): name for name, p in parameters.items()}
+        self.live: list[nn.Parameter] = []
+        self.thawed: list[nn.Parameter] = []
+        """Whole parameters that stood for sharded ones (sharded.py), and those of them that were frozen."""
         self.batch, self.length, self.rows = batch, length, slice(0, batch)
         self.squares_B = torch.zeros(batch, dtype=widest(device), device=device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -117,11 +122,7 @@ class Capture:
             return
         uses = self.uses(parameter)
         several = uses.expected - len(uses.ids) > 1
-        if self.in_head and uses.expected - uses.arrived > 1 + len(uses.ids):
-            raise UnsupportedModule(
-                f"batched gradient norm: {uses.name} is a linear map in the output head and elsewhere. Use "
-                "method='loop'."
-            )
+        self._check_head(uses)
         each_Bqp = None
         if self.kept is not None:
             each_Bqp = self.kept.add_linear(parameter, self.rows, a_BTp, g_BTq, transposed=transposed)
@@ -131,6 +132,41 @@ class Capture:
             self.norms.linear(self.squares_B, uses, self.rows, a_BTp, g_BTq, each_Bqp)
         self.norms.select(uses, self.rows, a_BTp, g_BTq)
         self._arrive(uses)
+
+    def _check_head(self, uses: Uses) -> None:
+        if self.in_head and uses.expected - uses.arrived > 1 + len(uses.ids):
+            raise UnsupportedModule(
+                f"batched gradient norm: {uses.name} is a linear map in the output head and elsewhere. Use "
+                "method='loop'."
+            )
+
+    def add_slices(
+        self, weight: int | None, bias: int | None, a_1Tp: Tensor, columns: int, parts: Iterable[tuple[int, Tensor]]
+    ) -> None:
+        """The linear use of one row in the output head, its (1, T, v) output gradients a slice of columns at a time.
+
+        Args:
+            weight, bias: ids of the parameters, where they are chosen.
+            parts: (first column, output gradients).
+        """
+        slices = None
+        if weight is not None and self.gradients is None:
+            self.uses(weight).expected += 1
+            self._check_head(self.uses(weight))
+            slices = self.norms.sliced(self.uses(weight), self.rows, a_1Tp, columns)
+        sums = []
+        for start, g_1Tv in parts:
+            if bias is not None:
+                sums.append(g_1Tv.sum(1, dtype=torch.promote_types(g_1Tv.dtype, torch.float32)))
+            if slices is not None:
+                slices.add(start, g_1Tv)
+            elif weight is not None and self.gradients is not None:
+                self.gradients.add_columns(weight, self.parameters[self.names[weight]], start, a_1Tp, g_1Tv)
+        if bias is not None:
+            self.add_vector(bias, torch.cat(sums, dim=1))
+        if weight is not None and slices is not None:
+            slices.finish(self.squares_B)
+            self._arrive(self.uses(weight))
 
     def add_expert(self, matrix: Matrix, a_Np: Tensor, g_Nq: Tensor, sequence_N: Tensor) -> None:
         """An expert's inputs and output gradients, its N tokens from any of the sequences in any order."""
@@ -170,7 +206,7 @@ class Capture:
         uses.arrived += 1
         if uses.arrived == uses.expected:
             self.norms.settle(self.squares_B, uses)
-            for parts in (uses.linear, uses.rows, uses.selected):
+            for parts in (uses.linear, uses.rows, uses.selected, uses.at_ids):
                 parts.clear()
 
     # The pass ---------------------------------------------------------------------------------------------------------
@@ -185,22 +221,31 @@ class Capture:
     ) -> tuple[Tensor | None, ...]:
         """Runs a backward pass through captured modules; returns the gradients of `inputs`."""
         before, self.in_backward = self.in_backward, True
-        wanted = [*inputs, self.anchor, *self.parameters.values()]
+        chosen = [*self.parameters.values(), *self.live]
+        wanted = [*inputs, self.anchor, *chosen]
         found = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, retain_graph=retain_graph)
         self.in_backward = before
         n = len(inputs)
         # A captured use leaves the parameter itself out of the graph; it has a gradient if something else used it.
-        for name, gradient in zip(self.parameters, found[n + 1 :], strict=True):
+        for parameter, gradient in zip(chosen, found[n + 1 :], strict=True):
             if gradient is not None:
                 raise UnsupportedModule(
-                    f"batched gradient norm: {name} is used outside the forward of the module that owns it. Use "
-                    "method='loop'."
+                    f"batched gradient norm: {self.names[id(parameter)]} is used by an operation that cannot be "
+                    "watched, for it has a gradient of its own: a kernel with its own backward pass (a fused head or "
+                    "loss, PEFT's LoHa, OFT or FourierFT) or a thread of its own. Switch the kernel off, leave the "
+                    "parameter out with parameters=, or use method='loop'."
                 )
         return found[:n]
 
     def finish(self) -> Tensor:
         """The squared norms (B,), once every backward pass of the first kind has run."""
         self.norms.cache.clear()
+        matrices = {matrix if isinstance(matrix, int) else matrix[0] for matrix in self.matrices}
+        for key in self.vectors.keys() & matrices:
+            raise UnsupportedModule(
+                f"batched gradient norm: {self.names[key]} is a linear map or an embedding in one place and something "
+                "else in another. Use method='loop'."
+            )
         for gradient_Bd in self.vectors.values():
             self.squares_B += gradient_Bd.to(self.squares_B.dtype).square().sum(-1)
         for uses in self.matrices.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from vigor.gradnorm.capture import UnsupportedModule
 from vigor.gradnorm.head import has_decoder
 from vigor.gradnorm.loop import Accumulation, loop_gradients, loop_row
 from vigor.gradnorm.norms import Exact, Norms
+from vigor.gradnorm.sharded import Sharding, idle_row
 from vigor.rollouts import Row
 
 Method = Literal["auto", "batched", "loop", "sketch"]
@@ -25,8 +26,9 @@ Result = tuple[Tensor, Tensor]
 ACTIVATIONS, LOGITS, TOKENS = 1 << 25, 1 << 28, 16_384
 """Most inputs and outputs of linear maps (numbers), most logits where the head cannot be run apart, and most tokens of
 a micro-batch chosen by the library. It is to need less memory than a training step of the same rows."""
-FULL_SPEED = {"cpu": 512}
-"""Tokens at which matrix products run at full speed; more activations are allowed to reach that. Elsewhere 4096."""
+FULL_SPEED = {"cpu": 1024}
+"""Tokens at which matrix products run at full speed; more activations are allowed to reach that, where it is no more
+than half of the call's tokens and activations are not checkpointed, and to reach half of it anyway. Elsewhere 4096."""
 ENOUGH, PADDING = 256, 0.15
 """Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
@@ -58,18 +60,29 @@ class Engine:
     """One call's model, parameters, rows (distinct, with counted tokens) and settings."""
 
     def __init__(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], rows: list[Row], settings: Settings
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        rows: list[Row],
+        settings: Settings,
+        *,
+        device: torch.device,
+        sharding: Sharding | None = None,
     ) -> None:
         self.model, self.parameters, self.rows, self.settings = model, parameters, rows, settings
+        self.device, self.sharding = device, sharding
         self.passes: list[tuple[Pass, list[int]]] = []
         """What the batched run left, with the rows of each, where something is kept."""
         first = next(iter(parameters.values()))
-        self.device = first.device
-        kind = first.device.type
+        kind = device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if autocast is None and sharding is not None:
+            autocast = sharding.dtype
         self.key = (frozenset(parameters), first.dtype, autocast, settings.keep)
         # transformers computes norms and rotary embeddings in float32 whatever the dtype
-        self.tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(autocast or first.dtype, 5e-2)
+        coarse = any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())  # a base under adapters
+        dtype = torch.bfloat16 if coarse else autocast or first.dtype
+        self.tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
 
     def run(self, method: Method, micro_batch: int | None, self_check: bool) -> list[Result]:
         """Every row's result, in order.
@@ -78,6 +91,8 @@ class Engine:
             UnsupportedModule, SelfCheckFailed: unless the method is "auto", which then takes the loop.
         """
         verdicts = _verdicts.setdefault(self.model, {})
+        if self.sharding is not None:
+            return self.run_together(self.sharding, verdicts, method, micro_batch, self_check)
         if method == "loop" or self.settings.accumulation != "float32" or not self.rows:
             return self.loop()
         if method == "auto" and verdicts.get(self.key) is False:
@@ -96,6 +111,47 @@ class Engine:
         if conclusive and together:
             verdicts[self.key] = True
         return results
+
+    def run_together(
+        self,
+        sharding: Sharding,
+        verdicts: dict[object, bool],
+        method: Method,
+        micro_batch: int | None,
+        self_check: bool,
+    ) -> list[Result]:
+        """`run` where the processes must gather sharded parameters equally often; "auto" does not fall back there.
+
+        Raises:
+            UnsupportedModule, SelfCheckFailed: in every process.
+        """
+        rows = list(self.rows)
+        if not rows:
+            self.rows, self.settings = [idle_row(self.device)], replace(self.settings, on_logits=None)
+        sharding.choose(self.parameters)
+        with sharding.held():
+            if method == "loop":
+                most = sharding.most(len(self.rows), self.device)
+                return [self.loop_together(sharding, b) for b in range(most)][: len(rows)]
+            unchecked = self_check and verdicts.get(self.key) is not True
+            results, together = self.batched(micro_batch, unchecked=unchecked)
+            if unchecked:
+                conclusive, failed = False, None
+                try:
+                    conclusive = self.compare(results, together)
+                except SelfCheckFailed as error:
+                    failed = error
+                if sharding.most(failed is not None, self.device):
+                    raise failed or SelfCheckFailed("batched gradient norm: another process found it to be wrong.")
+                if sharding.most(conclusive and bool(together), self.device):
+                    verdicts[self.key] = True
+        return results[: len(rows)]
+
+    def loop_together(self, sharding: Sharding, b: int) -> Result:
+        """One row of the loop; past the last, the last once more without a report."""
+        row = self.rows[min(b, len(self.rows) - 1)]
+        report = self.settings.on_logits if b < len(self.rows) else None
+        return sharding.loop_norm(row, temperature=self.settings.temperature, on_logits=report, index=b)
 
     def loop(self) -> list[Result]:
         """Row by row."""
@@ -118,15 +174,19 @@ class Engine:
         results: dict[int, Result] = {}
         together: list[int] = []
         self.passes.clear()
-        for batch in self.micro_batches(micro_batch, company=unchecked):
+        batches = self.micro_batches(micro_batch, company=unchecked)
+        idle = 0 if self.sharding is None else self.sharding.most(len(batches), self.device) - len(batches)
+        for batch in batches:
             together += batch if len(batch) > 1 else []
             scored = self.one_pass(batch, self.settings.norms(), self.settings.keep)
             results.update(zip(batch, zip(scored.norms_B, scored.logps, strict=True), strict=True))
             if self.settings.keep != "nothing":
                 self.passes.append((scored, batch))
+        for _ in range(idle):  # other processes gather parameters for theirs
+            self.one_pass(batches[0], self.settings.norms(), "nothing", silent=True)
         return [results[b] for b in range(len(self.rows))], together
 
-    def one_pass(self, batch: list[int], norms: Norms, keep: Keep) -> Pass:
+    def one_pass(self, batch: list[int], norms: Norms, keep: Keep, *, silent: bool = False) -> Pass:
         """One micro-batch."""
         return Pass(
             self.model,
@@ -135,8 +195,9 @@ class Engine:
             temperature=self.settings.temperature,
             norms=norms,
             keep=keep,
-            on_logits=self.settings.on_logits,
+            on_logits=None if silent else self.settings.on_logits,
             indices=batch,
+            sharding=self.sharding,
         )
 
     def compare(self, results: list[Result], together: list[int]) -> bool:
@@ -152,10 +213,14 @@ class Engine:
         if self.settings.norms is not Exact:  # an estimate cannot be compared; that of which it is one can
             company = next((i for i in together if i != b), b)
             norm = self.one_pass([b, company] if company != b else [b], Exact(), "nothing").norms_B[0]
-        gradients = loop_gradients(
-            self.model, self.rows[b], list(self.parameters.values()), temperature=self.settings.temperature
-        )
-        expected = _norm(gradients).to(norm.dtype)
+        gradients: list[Tensor | None] = []
+        if self.sharding is not None:
+            expected = self.sharding.loop_norm(self.rows[b], temperature=self.settings.temperature)[0].to(norm.dtype)
+        else:
+            gradients = loop_gradients(
+                self.model, self.rows[b], list(self.parameters.values()), temperature=self.settings.temperature
+            )
+            expected = _norm(gradients).to(norm.dtype)
         if torch.maximum(norm, expected) < CERTAIN:
             return False
         self.refuse_beyond(((norm - expected).abs() / _positive(expected)).item(), "norm", norm, expected, b)
@@ -175,7 +240,7 @@ class Engine:
             raise SelfCheckFailed(
                 f"batched gradient {what}: {found.item():.6g} instead of {expected.item():.6g} for a row of "
                 f"{len(self.rows[b].ids_L)} tokens (relative error {error:.1e}, allowed {self.tolerance:.0e}): some "
-                "module mixes the sequences of a batch, or uses a weight outside its own forward. Use method='loop'."
+                "module mixes the sequences of a batch, or lets padding change a row's result. Use method='loop'."
             )
 
     def micro_batches(self, micro_batch: int | None, *, company: bool) -> list[list[int]]:
@@ -194,6 +259,11 @@ class Engine:
         """The bounds above, in tokens."""
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
         full_speed = FULL_SPEED.get(self.device.type, 4096)
+        if self.settings.keep == "nothing":  # else all micro-batches are held anyway
+            half = sum(len(row.ids_L) for row in self.rows) // 2
+            if any(module.training and vars(module).get("gradient_checkpointing") for module in self.model.modules()):
+                half = 0
+            full_speed = max(full_speed // 2, min(full_speed, half))
         most = min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sum(sum(p.shape) for p in matrices))))
         if has_decoder(self.model):
             return most

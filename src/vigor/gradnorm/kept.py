@@ -116,6 +116,13 @@ class Gradients:
         gradient = g_BTq.flatten(0, 1).mT @ a_BTp.flatten(0, 1)
         self.add(parameter, gradient.mT if transposed else gradient)
 
+    def add_columns(self, key: int, parameter: Tensor, start: int, a_BTp: Tensor, g_BTv: Tensor) -> None:
+        """The rows of a (q, p) parameter's Gᵀ A that some columns of G make."""
+        if key not in self.of:
+            self.of[key] = torch.zeros_like(parameter)
+        columns = g_BTv.shape[2]
+        self.of[key][start : start + columns] += g_BTv.flatten(0, 1).mT @ a_BTp.flatten(0, 1).to(g_BTv.dtype)
+
     def add_expert(self, key: int, expert: int, parameter: Tensor, a_Np: Tensor, g_Nq: Tensor) -> None:
         """One expert's Gᵀ A."""
         if key not in self.of:

@@ -25,11 +25,7 @@ def loop_row(
     index: int = 0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " T"]]:
     """Gradient norm and the log-probabilities (T,) of the counted tokens of one row, float32 or wider."""
-    z_TV, logps_T = _logps(model, row, temperature)
-    if on_logits is not None:
-        at_T = row.completion_L.nonzero().squeeze(1)
-        on_logits(torch.full_like(at_T, index), at_T, z_TV.detach(), row.ids_L[at_T])
-    del z_TV
+    logps_T = row_logps(model, row, temperature, on_logits, index)
     used = [g for g in _gradients(logps_T, parameters) if g is not None]
     # None where the row does not depend on a parameter, such as an expert that it was not routed to.
     norm = gradient_norm(used, accumulation) if used else logps_T.new_zeros(())
@@ -40,15 +36,24 @@ def loop_gradients(
     model: nn.Module, row: Row, parameters: list[nn.Parameter], *, temperature: float
 ) -> list[Tensor | None]:
     """∇ NLL of one row, a parameter at a time; None where the row does not depend on it."""
-    return _gradients(_logps(model, row, temperature)[1], parameters)
+    return _gradients(row_logps(model, row, temperature), parameters)
 
 
-def _logps(model: nn.Module, row: Row, temperature: float) -> tuple[Float[Tensor, "T V"], Float[Tensor, " T"]]:
-    """Logits / temperature and log-probabilities of the counted tokens."""
+def row_logps(
+    model: nn.Module,
+    row: Row,
+    temperature: float,
+    on_logits: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    index: int = 0,
+) -> Float[Tensor, " T"]:
+    """Log-probabilities of the counted tokens; `on_logits` gets their logits / temperature."""
     output = model(input_ids=row.ids_L[None], attention_mask=torch.ones_like(row.ids_L)[None], use_cache=False)
     counted = row.completion_L[1:]
     z_TV = output.logits[0, :-1][counted].to(torch.promote_types(output.logits.dtype, torch.float32)) / temperature
-    return z_TV, z_TV.log_softmax(-1).gather(-1, row.ids_L[1:][counted][:, None]).squeeze(-1)
+    if on_logits is not None:
+        at_T = row.completion_L.nonzero().squeeze(1)
+        on_logits(torch.full_like(at_T, index), at_T, z_TV.detach(), row.ids_L[at_T])
+    return z_TV.log_softmax(-1).gather(-1, row.ids_L[1:][counted][:, None]).squeeze(-1)
 
 
 def _gradients(logps_T: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:

@@ -13,7 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vigor.gradnorm.squares import GramCache, cross_product, frobenius, linear_square, rows_square, wide
+from vigor.gradnorm.squares import (
+    GramCache,
+    cross_product,
+    double,
+    frobenius,
+    linear_square,
+    prefers_gram,
+    rows_square,
+    wide,
+)
 
 if TYPE_CHECKING:
     from vigor.gradnorm.capture import Uses
@@ -33,8 +42,22 @@ class Norms(Protocol):
     def select(self, uses: Uses, rows: slice, a_BTp: Tensor, g_BTq: Tensor) -> None:
         """Keeps of a linear use what its product with the matrix's embedding uses will need."""
 
+    def sliced(self, uses: Uses, rows: slice, a_1Tp: Tensor, columns: int) -> Slices:
+        """The only linear use of a matrix by one row, whose output gradients come a slice of columns at a time."""
+
     def settle(self, squares_B: Tensor, uses: Uses) -> None:
         """All uses of the matrix have arrived: what was put off is added."""
+
+
+@runtime_checkable
+class Slices(Protocol):
+    """Takes the output gradients of one row's linear use, slice by slice."""
+
+    def add(self, start: int, g_1Tv: Tensor) -> None:
+        """The columns from `start` on."""
+
+    def finish(self, squares_B: Tensor) -> None:
+        """All columns have come: adds to `squares_B`, or puts off."""
 
 
 class Exact:
@@ -53,6 +76,9 @@ class Exact:
             index = ids[rows][:, None, :].expand(-1, g_BTq.shape[1], -1)
             uses.selected.append((rows, ids, g_BTq.gather(-1, index), a_BTp))
 
+    def sliced(self, uses: Uses, rows: slice, a_1Tp: Tensor, columns: int) -> Slices:
+        return _ExactSlices(uses, rows, a_1Tp, columns)
+
     def settle(self, squares_B: Tensor, uses: Uses) -> None:
         if uses.linear:
             a, g = (torch.cat(parts, dim=1) for parts in zip(*uses.linear, strict=True))
@@ -63,6 +89,42 @@ class Exact:
         for rows, ids, selected, a in uses.selected:
             d = next(d for known, d in uses.rows if known is ids)
             squares_B[rows] += 2 * cross_product(selected, a, d[rows])
+        for rows, ids, gradient_1Lp in uses.at_ids:
+            d = next(d for known, d in uses.rows if known is ids)
+            squares_B[rows] += 2 * double((gradient_1Lp * wide(d[rows])).sum(-1)).sum(-1)
+
+
+class _ExactSlices:
+    """Squares add up over slices in the direct form; G Gᵀ does in the Gram form."""
+
+    def __init__(self, uses: Uses, rows: slice, a_1Tp: Tensor, columns: int) -> None:
+        self.rows, self.a_1Tp, self.uses = rows, wide(a_1Tp), uses
+        T, p = a_1Tp.shape[1:]
+        self.gram_TT = self.a_1Tp.new_zeros(T, T) if prefers_gram(T, p, columns) else None
+        self.square = double(self.a_1Tp.new_zeros(1))
+        self.at_ids = [(ids, self.a_1Tp.new_zeros(1, ids.shape[1], p)) for ids in uses.ids]
+        """Of a matrix that is an embedding too: the gradient's rows at the row's own input ids."""
+
+    def add(self, start: int, g_1Tv: Tensor) -> None:
+        g_Tv, a_Tp = wide(g_1Tv)[0], self.a_1Tp[0]
+        gradient_vp = None
+        if self.gram_TT is None:
+            gradient_vp = g_Tv.mT @ a_Tp
+            self.square += frobenius(gradient_vp[None])
+        else:
+            self.gram_TT.addmm_(g_Tv, g_Tv.mT)
+        for ids_BL, rows_1Lp in self.at_ids:
+            ids_L = ids_BL[self.rows][0] - start
+            inside = ((ids_L >= 0) & (ids_L < g_Tv.shape[1])).nonzero().squeeze(1)
+            at = ids_L[inside]
+            rows_1Lp[0, inside] = g_Tv[:, at].mT @ a_Tp if gradient_vp is None else gradient_vp[at]
+
+    def finish(self, squares_B: Tensor) -> None:
+        if self.gram_TT is not None:
+            a_Tp = self.a_1Tp[0]
+            self.square = double((self.gram_TT * (a_Tp @ a_Tp.mT)).sum(-1)).sum(-1, keepdim=True)
+        squares_B[self.rows] += self.square
+        self.uses.at_ids += [(self.rows, ids, rows_1Lp) for ids, rows_1Lp in self.at_ids]
 
 
 class Sketch:
@@ -82,40 +144,68 @@ class Sketch:
         self, squares_B: Tensor, uses: Uses, rows: slice, a_BTp: Tensor, g_BTq: Tensor, each_Bqp: Tensor | None
     ) -> None:
         if not uses.ids:
-            squares_B[rows] += self._square(self._project(self._signs(uses, g_BTq), a_BTp, g_BTq))
+            squares_B[rows] += self.square(self._project(uses, a_BTp, g_BTq))
 
     def select(self, uses: Uses, rows: slice, a_BTp: Tensor, g_BTq: Tensor) -> None:
-        if not uses.ids:
-            return
+        if uses.ids:
+            self.put_off(uses, rows, self._project(uses, a_BTp, g_BTq), g_BTq.shape[2])
+
+    def put_off(self, uses: Uses, rows: slice, projected_bkp: Tensor, columns: int) -> None:
+        """Keeps the projections of a linear use until those of the embedding uses are there."""
         if id(uses) not in self.tied:
-            shape = (len(uses.ids[0]), self.projections, a_BTp.shape[2])
-            self.tied[id(uses)] = self._signs(uses, g_BTq), wide(a_BTp.new_zeros(shape))
-        signs_qk, projected_Bkp = self.tied[id(uses)]
-        projected_Bkp[rows] += self._project(signs_qk, a_BTp, g_BTq)
+            shape = (len(uses.ids[0]), *projected_bkp.shape[1:])
+            self.tied[id(uses)] = self.signs(uses, columns, projected_bkp), projected_bkp.new_zeros(shape)
+        self.tied[id(uses)][1][rows] += projected_bkp
+
+    def sliced(self, uses: Uses, rows: slice, a_1Tp: Tensor, columns: int) -> Slices:
+        return _SketchSlices(self, uses, rows, a_1Tp, columns)
 
     def settle(self, squares_B: Tensor, uses: Uses) -> None:
         if id(uses) in self.tied:
             signs_qk, projected_Bkp = self.tied.pop(id(uses))
             for ids, d in uses.rows:
                 projected_Bkp += signs_qk[ids].mT @ wide(d)
-            squares_B += self._square(projected_Bkp)
+            squares_B += self.square(projected_Bkp)
         elif uses.rows:
             ids, d = (torch.cat(parts, dim=1) for parts in zip(*uses.rows, strict=True))
             squares_B += rows_square(ids, d)
         elif uses.linear:
             a, g = (torch.cat(parts, dim=1) for parts in zip(*uses.linear, strict=True))
-            squares_B += self._square(self._project(self._signs(uses, g), a, g))
+            squares_B += self.square(self._project(uses, a, g))
 
-    def _signs(self, uses: Uses, g_BTq: Tensor) -> Float[Tensor, "q k"]:
+    def signs(self, uses: Uses, columns: int, like: Tensor) -> Float[Tensor, "q k"]:
+        """The signs of a matrix of q columns of output gradients, on the device of another tensor, float32 or wider."""
         # A CPU generator looks at the low 32 bits of its seed only.
         seed = zlib.crc32(f"{self.seed}/{uses.name}".encode())
-        generator = torch.Generator(g_BTq.device).manual_seed(seed)
-        shape = (g_BTq.shape[-1], self.projections)
-        signs = torch.randint(0, 2, shape, generator=generator, device=g_BTq.device, dtype=torch.int8)
-        return wide(2 * signs.to(g_BTq.dtype) - 1)
+        generator = torch.Generator(like.device).manual_seed(seed)
+        # 32 signs of one random number: drawn one by one they cost as much as the projections.
+        words = torch.empty(columns, -(-self.projections // 32), 1, dtype=torch.int64, device=like.device)
+        numbers = words.random_(generator=generator).to(torch.int32)
+        bits = (numbers >> torch.arange(32, dtype=torch.int32, device=like.device)).bitwise_and_(1)
+        return wide(bits.flatten(1)[:, : self.projections].to(like.dtype)).mul_(2).sub_(1)
 
-    def _project(self, signs_qk: Tensor, a_BTp: Tensor, g_BTq: Tensor) -> Float[Tensor, "B k p"]:
-        return (wide(g_BTq) @ signs_qk).mT @ wide(a_BTp)
-
-    def _square(self, projected_Bkp: Tensor) -> Float[Tensor, " B"]:
+    def square(self, projected_Bkp: Tensor) -> Float[Tensor, " B"]:
+        """The estimates."""
         return frobenius(projected_Bkp) / self.projections
+
+    def _project(self, uses: Uses, a_BTp: Tensor, g_BTq: Tensor) -> Float[Tensor, "B k p"]:
+        return (wide(g_BTq) @ self.signs(uses, g_BTq.shape[2], g_BTq)).mT @ wide(a_BTp)
+
+
+class _SketchSlices:
+    """G Ω adds up over slices of G's columns and Ω's rows."""
+
+    def __init__(self, sketch: Sketch, uses: Uses, rows: slice, a_1Tp: Tensor, columns: int) -> None:
+        self.sketch, self.uses, self.rows, self.a_1Tp = sketch, uses, rows, wide(a_1Tp)
+        self.signs_qk = sketch.signs(uses, columns, self.a_1Tp)
+        self.projected_1Tk = self.a_1Tp.new_zeros(1, a_1Tp.shape[1], sketch.projections)
+
+    def add(self, start: int, g_1Tv: Tensor) -> None:
+        self.projected_1Tk += wide(g_1Tv) @ self.signs_qk[start : start + g_1Tv.shape[2]]
+
+    def finish(self, squares_B: Tensor) -> None:
+        projected_1kp = self.projected_1Tk.mT @ self.a_1Tp
+        if self.uses.ids:
+            self.sketch.put_off(self.uses, self.rows, projected_1kp, len(self.signs_qk))
+        else:
+            squares_B[self.rows] += self.sketch.square(projected_1kp)

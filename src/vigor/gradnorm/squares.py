@@ -10,12 +10,14 @@ gradients. Two ways to its square, and the one with fewer operations is taken:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 1 << 22
-"""Largest buffer of the direct form, in numbers (16 MiB in float32)."""
+"""Largest buffer of the direct form, of an embedding's products and of a cross term, in numbers (16 MiB, float32)."""
 STRIP = 128
 """Least rows of a strip: below, the product is too small to run at full speed."""
 MAX_STRIPS = 8
@@ -66,8 +68,11 @@ def prefers_gram(T: int, p: int, q: int) -> bool:
 def rows_square(ids_BT: Int[Tensor, "B T"], d_BTp: Float[Tensor, "B T p"]) -> Float[Tensor, " B"]:
     """‖E_b‖²_F for the gradient of an embedding: row v of E_b is the sum of D_t over the positions t that hold id v."""
     d = wide(d_BTp)
-    same = ids_BT[:, :, None] == ids_BT[:, None, :]
-    return double((torch.bmm(d, d.mT) * same).sum(-1)).sum(-1)
+    total = double(d.new_zeros(len(d)))
+    for at in _blocks(len(d), d.shape[1], d.shape[1]):
+        same = ids_BT[:, at, None] == ids_BT[:, None, :]
+        total += double((torch.bmm(d[:, at], d.mT) * same).sum(-1)).sum(-1)
+    return total
 
 
 def cross_product(
@@ -78,7 +83,17 @@ def cross_product(
     g_selected holds G[s, id_t]: of the output gradients only the columns at the sequence's own input ids.
     """
     a, d = wide(a_BSp), wide(d_BTp)
-    return double((torch.bmm(a, d.mT) * wide(g_selected_BST)).sum(-1)).sum(-1)
+    total = double(d.new_zeros(len(d)))
+    for at in _blocks(len(d), a.shape[1], d.shape[1]):
+        total += double((torch.bmm(a[:, at], d.mT) * wide(g_selected_BST[:, at])).sum(-1)).sum(-1)
+    return total
+
+
+def _blocks(B: int, S: int, T: int) -> Iterator[slice]:
+    """Rows of (B, S, T) products, so that these have at most `BLOCK` numbers."""
+    step = max(1, BLOCK // max(1, B * T))
+    for start in range(0, S, step):
+        yield slice(start, start + step)
 
 
 def _strip_count(T: int) -> int:

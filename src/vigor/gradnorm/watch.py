@@ -63,9 +63,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.capture, self.module, self.inputs, self.copied = capture, module, inputs, copied
         self.known: dict[int, View | Copies] = {}
-        for parameter in parameters:
-            matrix = parameter.ndim > 1
-            self._know(View(parameter, parameter) if matrix else Copies(parameter, self._leaf(parameter), parameter))
+        self.learn(parameters)
         self.tokens = Tokens(capture.batch, capture.length)
         self.eyes: dict[int, Tensor] = {}
         """Identity matrices, and frozen matrices that were read out by one: as long as the batch only by chance."""
@@ -110,6 +108,12 @@ class Watch(TorchFunctionMode):
     def again(self, func: Function, *args: Any) -> Any:
         """A further operation that stands for a part of one."""
         return self.__torch_function__(func, (), args)
+
+    def learn(self, parameters: Sequence[Tensor]) -> None:
+        """Takes in chosen parameters, unless they are known."""
+        for p in parameters:
+            if id(p) not in self.known:
+                self._know(View(p, p) if p.ndim > 1 else Copies(p, self._leaf(p), p))
 
     def _know(self, value: View | Copies) -> Tensor:
         self.known[id(value.tensor)] = value  # which holds the tensor, so that no other gets its id
