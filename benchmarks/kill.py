@@ -1,13 +1,15 @@
 """Kills a lab run with SIGKILL at random moments, resumes it each time, and compares it with one that nobody killed.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 200                  # about 3 s a kill on one core
-    OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 40 --processes 2     # one process, or all, at random
+    OMP_NUM_THREADS=1 python benchmarks/kill.py --kills 200 --of_two_processes 40 --out docs/results/kills.md
 
-Half of the kills fall anywhere in a run, half within a save: the campaign waits for `.writing` and then for a random
-part of the time that a save takes. After each kill the newest whole checkpoint must be at least as new as the newest
-before it (else it is lost), and weights, optimizer, scheduler and random generators in it must have the SHA-256 of the
-undisturbed run at that step (else it is mixed). Each run that comes to its end must have that run's metrics
-and weights. Runs are forks of this process, which has imported everything, so that an attempt costs no start of Python.
+Of so many kills, those `of_two_processes` hit a run of two (gloo): one of them, or both, at random. The campaign goes
+on until as many resumes as kills are done: a kill before the first checkpoint leaves nothing to resume. The last run
+comes to its end. Half of the kills fall anywhere in a run, half within a save: the campaign waits for `.writing` and
+then for a random part of the time that a save takes. After each kill the newest whole checkpoint must be at least as
+new as the newest before it (else it is lost), and weights, optimizer, scheduler and random generators in it must have
+the SHA-256 of the undisturbed run at that step (else it is mixed). Each run that comes to its end must have that
+run's metrics and weights. Runs are forks of this process, which has imported everything, so that an attempt costs no
+start of Python; they save each step and live for two or three, so that little is computed for a kill.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +110,7 @@ def end(children: list[int], victims: list[int], grace: float) -> None:
 
 def wait_to_kill(children: list[int], writing: Path, rng: random.Random, run_seconds: float, save: float) -> bool:
     """Waits for the moment; False if the run came to its end before."""
-    saves, inside, deadline = rng.randint(1, 4), False, time.monotonic() + rng.uniform(0, run_seconds)
+    saves, inside, deadline = rng.randint(1, 2), False, time.monotonic() + rng.uniform(0, run_seconds / 2)
     aims = rng.random() < 0.5
     while all(map(alive, children)):
         if aims:
@@ -150,7 +154,7 @@ def campaign(root: Path, kills: int, processes: int, steps: int, seed: int) -> T
     expected, seconds = straight(root / "straight", steps, processes)
     last = root / "straight" / "model" / "model.safetensors"
     number, highest = 0, 0
-    while tally.kills < kills:
+    while (killing := min(tally.kills, tally.resumes) < kills) or highest:  # the last run comes to its end unharmed
         run, log = root / f"run-{number}", root / f"run-{number}.log"
         writing = run / "checkpoints" / checkpoint.WRITING
         argv = settings(run, steps, processes)
@@ -158,7 +162,7 @@ def campaign(root: Path, kills: int, processes: int, steps: int, seed: int) -> T
             argv.append("--resume")
             tally.resumes += 1
         children = start(argv, processes, log)
-        if wait_to_kill(children, writing, rng, seconds, save=0.1):
+        if killing and wait_to_kill(children, writing, rng, seconds, save=0.1):
             victims = children if rng.random() < 0.34 else [rng.choice(children)]
             end(children, victims, grace=rng.uniform(0, 1))
             tally.kills += 1
@@ -188,17 +192,52 @@ def campaign(root: Path, kills: int, processes: int, steps: int, seed: int) -> T
     return tally
 
 
+ROWS = (
+    ("SIGKILLs", "kills"),
+    ("of them within a save", "within_a_save"),
+    ("of them before the first checkpoint", "before_the_first_checkpoint"),
+    ("resumes", "resumes"),
+    ("folders without a marker, passed over", "passed_over"),
+    ("lost steps: the newest whole checkpoint is older than one before the kill", "lost"),
+    ("mixed states: a checkpoint differs from the undisturbed run's at its step", "mixed"),
+    ("runs that came to their end", "runs_ended"),
+    ("of them equal to the undisturbed run, all metrics and weights, bit for bit", "runs_equal"),
+)
+
+
+def page(tallies: dict[int, Tally], args: argparse.Namespace, seconds: float) -> str:
+    """The result as Markdown."""
+    heads = [f"{n} process" + "es" * (n > 1) for n in tallies]
+    found = [asdict(tally) for tally in tallies.values()]
+    lines = [
+        "# Results: kills\n",
+        f"`benchmarks/kill.py --kills {args.kills} --of_two_processes {args.of_two_processes} --steps {args.steps} "
+        f"--seed {args.seed}`: runs of {args.steps} steps of the lab that save each step, killed with SIGKILL at "
+        f"random moments and resumed. {seconds / 60:.0f} minutes on {os.cpu_count()} vCPUs ({platform.machine()}) "
+        f"shared with other work, one thread a process, torch {torch.__version__}, {date.today()}.\n",
+        f"| | {' | '.join(heads)} |",
+        f"|---|{'---:|' * len(heads)}",
+        *(f"| {text} | {' | '.join(str(each[name]) for each in found)} |" for text, name in ROWS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--of_two_processes", type=int, default=0, metavar="N")
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the tally as JSON")
+    parser.add_argument("--out", type=Path, help="write the result as a page")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        found = campaign(Path(folder), args.kills, args.processes, args.steps, args.seed)
+    began, tallies = time.monotonic(), {}
+    for processes, kills in ((1, args.kills - args.of_two_processes), (2, args.of_two_processes)):
+        if kills > 0:
+            with tempfile.TemporaryDirectory() as folder:
+                tallies[processes] = campaign(Path(folder), kills, processes, args.steps, args.seed)
+    written = page(tallies, args, time.monotonic() - began)
+    print(written)
     if args.out:
-        args.out.write_text(json.dumps({**vars(args), "out": None, **asdict(found)}, indent=2) + "\n")
-    sys.exit(found.lost + found.mixed + found.runs_ended - found.runs_equal > 0)
+        args.out.write_text(written, "utf-8")
+    sys.exit(any(found.lost + found.mixed + found.runs_ended - found.runs_equal for found in tallies.values()))

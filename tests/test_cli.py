@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 RECIPES = [
     "lab", "lab-misaligned", "math-qwen2.5-0.5b", "math-qwen2.5-1.5b", "math-qwen2.5-3b", "math-qwen2.5-7b",
+    "math-qwen2.5-7b-64gpus",
     "paper-qwen2.5-3b-code", "paper-qwen2.5-3b-math", "paper-qwen2.5-7b-math",
 ]  # fmt: skip
 QUESTIONS = [{"prompt": f"Q:{a}+{b}\nA:", "answer": str(a + b)} for a in range(3, 7) for b in (4, 15)]
@@ -93,7 +94,10 @@ def python(code: str, **environment: str) -> str:
 # Light commands
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--version"], ["recipes"], ["methods"], ["methods", "vigor"], []])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["--version"], ["recipes"], ["methods"], ["methods", "vigor"], ["plan", "--help"], []],
+)
 def test_light_commands_do_not_import_torch(command: list[str]) -> None:
     out = python(f"""
         import sys
@@ -158,7 +162,7 @@ def test_methods_shows_the_page_of_one(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "arXiv 2605.09920" in out
     assert "Departures from the paper" in out
-    assert main(["methods", "viggor"]) == 1
+    assert main(["methods", "viggor"]) == 2
     assert "no reward 'viggor'; the rewards are: vigor" in capsys.readouterr().err
 
 
@@ -169,7 +173,8 @@ def test_every_recipe_is_there_with_a_line_on_what_it_is(capsys: pytest.CaptureF
     assert recipes.names() == sorted(RECIPES)
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
-    for name in RECIPES:
+    assert "lab-paper" in recipes.comparisons()
+    for name in (*RECIPES, *recipes.comparisons()):
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
         assert len(line.removeprefix(name).strip()) > 20
 
@@ -322,7 +327,7 @@ def test_a_senseless_setting_is_refused_before_anything_is_written(
 ) -> None:  # fmt: skip
     path = write_config(tmp_path, settings, **changes)
     run = tmp_path / "run"
-    assert main(["train", "--config", path, "--output_dir", str(run), *argv]) == 1
+    assert main(["train", "--config", path, "--output_dir", str(run), *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("vigor train: ")
     assert message in err
@@ -334,7 +339,7 @@ def test_a_senseless_setting_is_refused_before_anything_is_written(
     [
         ("max_steps: [1,\n", "is not YAML"),
         ("- a\n- b\n", "must hold a mapping of settings"),
-        ("env: 3\n", "must hold a mapping of settings, and under `env` a mapping"),
+        ("env: 3\n", "env is a number, expected an object"),
         ("max_steps: \xff\n", "settings.yaml"),
     ],
 )
@@ -343,16 +348,16 @@ def test_a_broken_config_is_refused(
 ) -> None:
     path = tmp_path / "settings.yaml"
     path.write_bytes(content.encode("latin-1"))
-    assert main(["train", "--config", str(path)]) == 1
+    assert main(["train", "--config", str(path)]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_config_that_is_not_there_is_refused_with_the_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", "labb"]) == 1
+    assert main(["train", "--config", "labb"]) == 2
     err = capsys.readouterr().err
     assert "--config labb: neither a file nor a recipe" in err
     assert all(name in err for name in RECIPES)
-    assert main(["train", "--config"]) == 1
+    assert main(["train", "--config"]) == 2
     assert "--config needs the name of a recipe" in capsys.readouterr().err
 
 
@@ -367,7 +372,7 @@ def test_several_processes_need_a_named_folder(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "--config", write_config(tmp_path, settings)]) == 1
+    assert main(["train", "--config", write_config(tmp_path, settings)]) == 2
     assert "name the run folder with --output_dir" in capsys.readouterr().err
 
 
@@ -378,7 +383,7 @@ def test_bad_rows_stop_the_run_or_are_left_out_and_counted(
     prompts.write_text("".join(json.dumps(row) + "\n" for row in [*QUESTIONS, {"prompt": " "}]) + "{broken\n")
     path = write_config(tmp_path, settings, prompts=str(prompts), max_steps=1)
     argv = ["train", "--config", path, "--output_dir", str(tmp_path / "run")]
-    assert main(argv) == 1
+    assert main(argv) == 2
     err = capsys.readouterr().err
     assert "line 9" in err.replace(":9", "line 9")
     assert "--skip_bad_rows" in err
@@ -399,7 +404,7 @@ def test_conversations_need_a_chat_template_even_where_prompts_have_no_limit(
     del tokenizer["model_max_length"]
     about.write_text(json.dumps(tokenizer), "utf-8")
     path = write_config(tmp_path, settings, model_name_or_path=str(model), system_prompt="maybe")
-    assert main(["train", "--config", path, "--output_dir", str(tmp_path / "run")]) == 1
+    assert main(["train", "--config", path, "--output_dir", str(tmp_path / "run")]) == 2
     assert "has no chat template" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -411,7 +416,7 @@ def test_columns_that_trl_takes_for_its_own_are_refused_before_the_model_loads(
     """TRL passes columns on as keywords beside `completions`, and takes `image` for a picture."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{**row, column: "x"} for row in QUESTIONS])
     path = write_config(tmp_path, settings, prompts=str(prompts))
-    assert main(["train", "--config", path, "--output_dir", str(tmp_path / "run")]) == 1
+    assert main(["train", "--config", path, "--output_dir", str(tmp_path / "run")]) == 2
     assert f"'{column}'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -420,7 +425,7 @@ def test_fewer_prompts_than_one_generation_takes_are_refused_with_the_numbers(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_config(tmp_path, settings, per_device_train_batch_size=64)
-    assert main(["train", "--config", path, "--output_dir", str(tmp_path / "run")]) == 1
+    assert main(["train", "--config", path, "--output_dir", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert "8 prompts" in err
     assert "64 completions / 4 = 16 prompts" in err
@@ -438,7 +443,7 @@ def test_a_folder_in_use_is_refused_with_the_remedy(
     used.mkdir()
     (used / "note.txt").write_text("mine")
     before = tree(used)
-    assert main(["train", "--config", path, "--output_dir", str(used)]) == 1
+    assert main(["train", "--config", path, "--output_dir", str(used)]) == 2
     err = capsys.readouterr().err
     assert "used is not empty" in err
     assert "--resume" in err
@@ -498,7 +503,7 @@ def test_resuming_a_finished_run_is_refused_and_trains_no_step_more(
     shutil.copytree(resumed, run)
     before = tree(run)
     argv = ["--config", str(run / "config.yaml"), "--output_dir", str(run), "--resume", "--max_steps", "4"]
-    assert main(["train", *argv]) == 1
+    assert main(["train", *argv]) == 2
     assert "4 of 4" in capsys.readouterr().err
     assert tree(run) == before
 
@@ -579,3 +584,14 @@ def test_the_lab_is_scored_before_and_after(
         assert text in out
     assert "lab:math-hard" in (tmp_path / "run" / "report.html").read_text("utf-8")
     assert lines(tmp_path / "run")[-1]["rewards/accuracy/mean"] >= 0
+
+
+@pytest.mark.parametrize("command", ["methods", "methods vigor", "methods --markdown", "recipes"])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(command: str) -> None:
+    """As in `vigor methods vigor | head -1`, whose reader may close before the first byte."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as gone:
+        arguments = [sys.executable, "-m", "vigor", *command.split()]
+        done = subprocess.run(arguments, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")

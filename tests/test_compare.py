@@ -183,7 +183,7 @@ def test_unknown_keys_and_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_lab_paper_has_the_structure_of_the_papers_table() -> None:
-    assert recipes.comparisons() == ["lab-paper", "lab-paper-bf16"]
+    assert recipes.comparisons() == ["lab-methods", "lab-paper", "lab-paper-bf16", "lab-reference"]
     plan = make_plan("lab-paper")
     assert [method.name for method in plan.methods][:4] == ["base", "labels", "Intuitor", "vigor"]
     assert len(plan.seeds) >= 5
@@ -443,7 +443,7 @@ def test_what_cannot_work_is_refused_before_any_run(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main(["compare", "--config", "lab", "--output_dir", str(out), "--max_steps", "2", *argv]) == 1
+    assert main(["compare", "--config", "lab", "--output_dir", str(out), "--max_steps", "2", *argv]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 

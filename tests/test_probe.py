@@ -218,5 +218,5 @@ def test_what_cannot_work_is_refused_before_the_model_loads(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     source = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Q:3+4\nA:"}])
     command = ["probe", "--prompts", str(source), "--model_name_or_path", str(model), "--max_completion_length", "8"]
-    assert main([*command, *flags]) == 1
+    assert main([*command, *flags]) == 2
     assert said in capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_a_run_cut_off_after_its_last_step_is_finished(base: dict[str, Any], fin
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert (run / "report.html").is_file()
     assert json.loads((run / "results.json").read_text()) == {"before": {}, "after": {}}
-    assert vigor(base, run, "--resume") == 1
+    assert vigor(base, run, "--resume") == 2
 
 
 def test_changes_are_listed_where_they_do_no_harm_and_refused_where_they_do(
@@ -256,7 +256,7 @@ def test_changes_are_listed_where_they_do_no_harm_and_refused_where_they_do(
     out = capsys.readouterr().out
     assert "Resuming with other settings than before: learning_rate: 0.001 → 0.002, max_steps: 3 → 4." in out
     for flag, value in (("--seed", "9"), ("--max_prompts", "6"), ("--per_device_train_batch_size", "16")):
-        assert vigor(base, run, "--resume", "--max_steps", "4", flag, value) == 1
+        assert vigor(base, run, "--resume", "--max_steps", "4", flag, value) == 2
         err = capsys.readouterr().err
         assert "was started with other settings: " + flag[2:] in err
         assert "new run from its weights" in err
@@ -276,6 +276,6 @@ def test_a_run_whose_folder_is_in_use_is_refused_and_touches_nothing(
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-        assert vigor(base, run, "--resume", "--max_steps", "4") == 1
+        assert vigor(base, run, "--resume", "--max_steps", "4") == 2
         assert f"is being written to by process {holder.pid}" in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -138,7 +138,7 @@ def test_bad_rows_are_named_by_line_before_the_model_loads(
         tokenizer = lab_tokenizer()
         tokenizer.model_max_length = 256
         patch.setattr(command, "load_tokenizer", lambda name: tokenizer)
-        assert score(model, source, tmp_path / "out.jsonl") == 1
+        assert score(model, source, tmp_path / "out.jsonl") == 2
     message = capsys.readouterr().err
     for line in range(2, 9):
         assert f"{source}:{line}:" in message

@@ -114,13 +114,6 @@ def test_a_missing_column_is_refused_before_training(tmp_path: Path) -> None:
         trainer(tmp_path, ["vigor", "accuracy"])
 
 
-def test_sharded_parameters_are_refused_for_rewards_that_read_the_policy(tmp_path: Path) -> None:
-    made = trainer(tmp_path, ["format", "vigor"])
-    made.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="'vigor' differentiates the policy, whose parameters are sharded"):
-        made._check_policy_rewards()
-
-
 # Weight 0 ------------------------------------------------------------------------
 
 

@@ -22,9 +22,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vigor.reading import check
+
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 WRITING = ".writing"
+_SHAPE = {"about": dict, "files": {str: {"bytes": int, "sha256": str}}}
 _DELETING, _REPLACED = ".deleting-", ".replaced-"
 
 
@@ -169,7 +172,12 @@ def fault(folder: Path, *, hashes: bool = True) -> str | None:
     text = manifest.read_bytes()
     if marker.read_text("utf-8", errors="replace").strip() != _sha256(text):
         return f"{MANIFEST} is not the one that {MARKER} was written for"
-    listed: dict[str, dict[str, Any]] = json.loads(text)["files"]
+    try:
+        content = json.loads(text)
+        check(content, _SHAPE, MANIFEST)
+    except ValueError as error:
+        return f"{MANIFEST} is none ({error})"
+    listed: dict[str, dict[str, Any]] = content["files"]
     for name, entry in listed.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

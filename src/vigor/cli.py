@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from vigor import __version__
-from vigor.commands import compare, methods, probe, replay, report, score
+from vigor.commands import compare, methods, plan, probe, replay, report, score
+from vigor.commands import eval as evaluation
+from vigor.terminal import Parser
 
 _EPILOG = """\
 vigor train --config lab                     train the built-in model, show before and after
@@ -14,12 +18,40 @@ vigor train --prompts my.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B
 vigor train --config lab --dry_run           print the plan, touch nothing
 vigor train --help                           every setting
 vigor compare --config lab --jobs 2          does it help? methods, seeds, intervals
+vigor eval lab --suite lab                   benchmarks for a model
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status (0 done, 1 refused with a message, 2 wrong usage)."""
-    parser = argparse.ArgumentParser(
+    """Runs a subcommand; returns the exit status (0 done, 1 failed while it ran, 2 refused with a message).
+
+    A reader that has seen enough, such as `head`, ends it with status 1 and without a word.
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where it can be caught, rather than as Python ends
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # What is still buffered goes nowhere when Python flushes it: "Note on SIGPIPE" in the documentation of signal.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _reader_has_gone() -> bool:
+    """Whether it was standard output that nobody reads, and no pipe of the command's own."""
+    try:
+        sys.stdout.write("\n")  # if somebody does read, a traceback follows
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="vigor",
         description="Post-train language models with reinforcement learning, without labels, verifiers or judges.",
         epilog=_EPILOG,
@@ -28,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vigor {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("train", help="train a model on prompts", add_help=False)
+    plan.add_arguments(commands.add_parser("plan", help="memory and time on given GPUs, and the cheapest set-up"))
     methods.add_arguments(commands.add_parser("methods", help="list the rewards"))
     commands.add_parser("recipes", help="list the shipped recipes")
     compare.add_arguments(commands.add_parser("compare", help="methods × seeds × worlds", allow_abbrev=False))
@@ -35,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     replay.add_arguments(commands.add_parser("replay", help="compute a step again that was NaN or infinite"))
     probe.add_arguments(commands.add_parser("probe", help="what a reward would do on your prompts, before training"))
     score.add_arguments(commands.add_parser("score", help="score completions: best of N, filtering, confidence"))
+    evaluation.add_arguments(commands.add_parser("eval", help="benchmarks: the paper's, mathematics, code, the lab"))
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         parser.print_help()
@@ -49,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     if args.command == "methods":
         return methods.methods(args)
+    if args.command == "plan":
+        return plan.plan(args)
     if args.command == "report":
         return report.report(args)
     if args.command == "replay":
@@ -57,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return probe.probe(args)
     if args.command == "score":
         return score.score(args)
+    if args.command == "eval":
+        return evaluation.evaluate(args)
     return _recipes()
 
 
@@ -64,4 +102,7 @@ def _recipes() -> int:
     from vigor import recipes
 
     methods.table([("recipe", "what it is"), *((name, recipes.summary(name)) for name in recipes.names())])
+    print()
+    named = ((name, recipes.summary(name, comparisons=True)) for name in recipes.comparisons())
+    methods.table([("comparison", "what it is: vigor compare --config …"), *named])
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 from trl import GRPOConfig
@@ -27,6 +27,9 @@ class VigorConfig(GRPOConfig):
     Raises:
         ValueError: settings that cannot work, with the numbers that show why.
     """
+
+    planned_processes: ClassVar[int | None] = None
+    """Set where a run of so many processes is checked before any of them is started."""
 
     truncated: str = field(
         default="score",
@@ -71,6 +74,14 @@ class VigorConfig(GRPOConfig):
             "and the batch is written to dumps/ (`vigor replay`)."
         },
     )
+    max_sampler_mismatch: float = field(
+        default=0.1,
+        metadata={
+            "help": "With use_vllm: the largest mean |difference|, in nats a token, between the log-probabilities that "
+            "vLLM reports of the tokens it sampled and the policy's own, compared after every push of weights; more "
+            "stops the run with the numbers. inf: no check."
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the argument parser takes None in first place only
         default="none", metadata={"help": "Trackers to mirror the metrics to: none, wandb, trackio, tensorboard …"}
     )
@@ -88,8 +99,15 @@ class VigorConfig(GRPOConfig):
         self._check_truncated()
         self._check_weights()
         self._check_batch()
+        self._check_sampler()
         super().__post_init__()
+        self._check_mappings()
         self._check_distribution()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.planned_processes or int(super().world_size)
 
     def _check_truncated(self) -> None:
         if self.truncated not in TRUNCATED:
@@ -122,7 +140,12 @@ class VigorConfig(GRPOConfig):
                 f"num_generations={self.num_generations}: rewards compare the completions of one prompt, which takes "
                 "at least 2. The paper uses 8."
             )
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length={self.max_completion_length}: give the tokens that a completion may have, at "
+                "least 1."
+            )
+        processes = self.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
         device_batch = processes * self.per_device_train_batch_size
         if self.generation_batch_size is not None:
             batch, made_of = self.generation_batch_size, "generation_batch_size"
@@ -137,6 +160,19 @@ class VigorConfig(GRPOConfig):
                 f"{batch} / {self.num_generations} = {batch / self.num_generations:.2f} prompts. Change "
                 "per_device_train_batch_size, gradient_accumulation_steps or the number of processes so that their "
                 f"product is, for example, {whole} = {whole // self.num_generations} prompts."
+            )
+
+    def _check_mappings(self) -> None:
+        names = ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs")
+        for name in names:  # the engine reads a text as JSON where it begins with a brace, and keeps any other
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a mapping in YAML, or a JSON object as a flag.")
+
+    def _check_sampler(self) -> None:
+        if not self.max_sampler_mismatch > 0:
+            raise ValueError(
+                f"max_sampler_mismatch={self.max_sampler_mismatch}: vLLM and the trainer round differently, so the "
+                "allowed difference must be positive (nats a token; the default is 0.1, inf turns the check off)."
             )
 
     def _check_distribution(self) -> None:

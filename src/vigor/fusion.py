@@ -45,6 +45,9 @@ def obstacle(trainer: Any, rewards: list[Reward]) -> str | None:
     args = trainer.args
     if not any("full_norm" in reward.needs for reward in rewards):
         return "no reward takes the gradient norm over all trainable parameters at the policy's temperature"
+    if trainer.adding:
+        name = next(iter(trainer.adding.values())).name
+        return f"reward {name!r} adds a term to the loss, which has a forward pass of its own"
     if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
         return (
             f"completions are trained on for more than one optimizer step (steps_per_generation="
@@ -61,6 +64,8 @@ def obstacle(trainer: Any, rewards: list[Reward]) -> str | None:
         return "the loss has the experts' load-balancing term; set router_aux_loss_coef=0 to do without"
     if vars(trainer).get("_entropy_bonus_enabled"):  # since TRL 1.15
         return "the loss has an entropy bonus"
+    if args.use_liger_kernel:
+        return "use_liger_kernel=True computes the loss in a kernel of its own"
     if args.cast_lm_head_to_fp32:
         return "cast_lm_head_to_fp32 changes the head for the update only"
     return None

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from vigor.outside import running
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -50,6 +52,8 @@ class Interrupt(TrainerCallback):
         for each in SIGNALS:  # the second time the kernel ends the process, whatever it is in the middle of
             signal.signal(each, signal.SIG_DFL)
         about = f", about {self._seconds:.1f} s a step," if self._seconds else ""
+        if waiting := running():
+            about += f" which has been waiting for {waiting},"
         print(
             f"{signal.Signals(number).name}: finishing this optimizer step{about} and saving. A second signal stops at "
             "once; the checkpoints stay whole.",

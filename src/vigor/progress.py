@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vigor.runfolder import RunFolder
+from vigor.terminal import printable
 
 SHOWN_LINES = 20
 """Lines that a run prints where there is no terminal to draw a bar on."""
@@ -106,4 +107,4 @@ def describe(logs: dict[str, Any], reward_names: list[str]) -> str:
     if logs.get("time/step") is not None:
         split = " ".join(f"{name} {logs[f'time/{name}']:.2f}" for name in ("generation", "reward", "update"))
         parts.append(f"{logs['time/step']:.2f} s ({split})")
-    return "  ".join(parts)
+    return printable("  ".join(parts))

@@ -4,6 +4,7 @@ config.yaml         resolved settings: `vigor train --config RUN/config.yaml` re
 environment.json    versions, hardware, command, commit
 metrics.jsonl       one line a log: step and every metric
 completions/        one parquet file a log: text, every reward, advantage, length, truncated
+tokens/             one parquet file a log: log-probability and entropy of each token, for a few of the completions
 checkpoints/        what training can resume from
 dumps/              steps that the guard stopped: `vigor replay`
 run.lock            held by the process that writes here
@@ -29,8 +30,20 @@ from typing import Any
 import yaml
 
 from vigor.checkpoint import Rejected, newest, write_durably
+from vigor.reading import NUMBER, check, read_json, read_settings, read_text
 
 LOCK = "run.lock"
+_SCORE = {
+    "n_prompts?": int, "n_samples?": int, "greedy": NUMBER, "sampled": NUMBER, "entropy": NUMBER, "repetition": NUMBER,
+    "mean_length": NUMBER, "pass_at_k": {str: NUMBER}, "majority_at_k": {str: NUMBER}, "greedy_interval?": [NUMBER],
+    "sampled_interval?": [NUMBER],
+}  # fmt: skip
+SHAPES: dict[str, Any] = {
+    "results.json": {"before": {str: _SCORE}, "after": {str: _SCORE}},
+    "environment.json": {"packages": {str: (str, type(None))}, "commit": (str, type(None)), "platform": str,
+                         "cpu_count": (int, type(None)), "gpus": [str]},
+}  # fmt: skip
+"""Of the JSON files, as far as anything reads them."""
 PACKAGES = ("vigor-rl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "math-verify")
 
 
@@ -49,11 +62,18 @@ class RunFolder:
         """Checks the folder without touching it.
 
         Raises:
-            RunFolderError: it holds a run already and `resume` is False, it is a file, or `resume` finds nothing.
+            RunFolderError: it holds a run already and `resume` is False, it is a file, it cannot be made or written
+                to, or `resume` finds nothing.
         """
         folder = cls(Path(path))
-        if folder.path.exists() and not folder.path.is_dir():
-            raise RunFolderError(f"{path} is a file. Name a folder with --output_dir.")
+        above = next(each for each in (folder.path, *folder.path.absolute().parents) if os.path.lexists(each))
+        if not above.is_dir():
+            raise RunFolderError(f"{above} is a file. Name a folder with --output_dir.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise RunFolderError(
+                f"{above} cannot be written to: it is read-only, or belongs to another user. Name a folder elsewhere "
+                "with --output_dir."
+            )
         used = folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir())
         if used and not resume:
             raise RunFolderError(
@@ -87,9 +107,23 @@ class RunFolder:
         """Writes a JSON file into the folder."""
         write_durably(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """The contents of a JSON file of the folder."""
-        return json.loads((self.path / name).read_text("utf-8"))
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The contents of environment.json or results.json.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ReadError: it is not what a run writes there.
+        """
+        content: dict[str, Any] = read_json(self.path / name, SHAPES[name])
+        return content
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings of the run.
+
+        Raises:
+            FileNotFoundError, ReadError: config.yaml is missing, or no settings.
+        """
+        return read_settings(self.path / "config.yaml")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl; NaN and infinity become null, which every JSON reader takes."""
@@ -103,16 +137,22 @@ class RunFolder:
         """The lines of metrics.jsonl, ascending; of a step logged twice (before and after a resume) the last.
 
         A line that a crash cut off is left out.
+
+        Raises:
+            ReadError: the file is not text, or a whole line is no record of numbers by name.
         """
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return []
         records: dict[int, dict[str, Any]] = {}
-        for line in path.read_text("utf-8").splitlines():
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
+            check(record, {"step": int, str: (int, float, type(None))}, f"{path}:{number}")
             records[record["step"]] = record
         return [records[step] for step in sorted(records)]
 

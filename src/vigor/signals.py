@@ -22,6 +22,7 @@ from vigor.gradnorm import (
 from vigor.gradnorm.fused import Fused
 from vigor.gradnorm.loop import Accumulation
 from vigor.gradnorm.parameters import Parameters
+from vigor.gradnorm.sharded import idle_batches, inner_model
 from vigor.rollouts import Rollouts, strip_padding
 from vigor.tokenstats import CHUNK, STANDARD, STATISTICS, StatsCollector, TokenStats
 
@@ -71,6 +72,8 @@ def token_stats(
     collector = StatsCollector(input_ids, attention_mask, completion_mask, wanted, dtype=dtype, chunk=chunk)
     rows = collector.rows
     order = sorted((group[0] for group in collector.same), key=lambda b: len(rows[b].ids_L))
+    model = inner_model(model)
+    idle = idle_batches(model, -(-len(order) // micro_batch), input_ids.device)
     with torch.no_grad(), scoring_mode(model):
         for start in range(0, len(order), micro_batch):
             batch = order[start : start + micro_batch]
@@ -87,6 +90,8 @@ def token_stats(
                 logits_NV = logits_MV[at_N[part]].to(dtype)
                 collector(row_N[part], position_N[part], logits_NV.div_(temperature), targets_N[part])
             del logits_MV
+        for ids in idle:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return collector.finish()
 
 

@@ -5,6 +5,7 @@ The algorithm is TRL's; what we override, and what each override relies on:
     _generate                         returns prompt_ids and completion_ids first; called once per generation batch
     _calculate_rewards                outside no_grad, before advantages; returns the gathered (B, n_funcs) rewards
     _generate_and_score_completions   returns this process's "advantages"; appends those of all to _logs["advantages"]
+                                      with vLLM also "sampling_per_token_logps", and "old_per_token_logps" if corrected
     _compute_loss                     asks for the log-probabilities of its inputs through the next, once
     _get_per_token_logps_and_entropies    (model, input_ids, attention_mask, logits_to_keep, …) -> 3 values, as there
     _get_output_dir                   the folder that checkpoints are written to and rotated in
@@ -30,27 +31,33 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from vigor import rewards, shaping
+from vigor import auxiliary, rewards, shaping
 from vigor.config import VigorConfig
 from vigor.data import encode_prompt
 from vigor.fusion import FUSED_ROW, Fusion
 from vigor.groupmetrics import top_quarter_accuracy, within_group_auc
 from vigor.guard import Guard
+from vigor.outside import watched
 from vigor.resume import Checkpoints
-from vigor.rewards.base import TEACHER, Reward, unshaped
+from vigor.rewards.base import TEACHER, Reward, nonfinite, unshaped
 from vigor.rewards.compose import annealed_weights
 from vigor.rollouts import BatchTexts, Rollouts, text_of
+from vigor.samplercheck import check_continuous_batching, check_sampler
 from vigor.signals import PolicyPass
 from vigor.teacher import Teacher, fork_generators
+from vigor.terminal import printable
+from vigor.tokenlog import TokenLog
 from vigor.twins import TwinSampler, check_twins
 
 AnyReward = str | Reward | Callable[..., Any] | nn.Module
 _POLICY = {"grad_norm", "token_stats", "reference_logps"}
 """What a reward needs that reads the policy itself."""
+_UNEVEN = ("head_grad_norm",)
+"""Rewards of our own that run the model as often as a process has distinct rows."""
 _TITLE = "Verifier-Free RL for LLMs via Intrinsic Gradient-Norm Reward"
 _CITATION = f"""\
 @article{{wen2026vigor,
@@ -73,8 +80,8 @@ class VigorTrainer(GRPOTrainer):
         **kwargs: the other arguments of `GRPOTrainer`.
 
     Raises:
-        ValueError: a reward's data set column is missing, two rewards share a name, or a reward reads the policy while
-            its parameters are sharded or it is a vision-language model.
+        ValueError: a reward's data set column is missing, two rewards share a name, or a reward reads the policy and
+            that is a vision-language model, or sharded in a way in which it cannot be read (FSDP1, ZeRO-3).
         TypeError: `args` is not a `VigorConfig`.
     """
 
@@ -97,17 +104,27 @@ class VigorTrainer(GRPOTrainer):
             raise TypeError(f"VigorTrainer takes a VigorConfig, got a {type(args).__name__}; it has the same fields.")
         listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self._rewards = {i: reward for i, r in enumerate(listed) if (reward := _ours(r)) is not None}
-        bound = [self._bind(self._rewards[i]) if i in self._rewards else r for i, r in enumerate(listed)]
+        bound = [self._bind(self._rewards[i]) if i in self._rewards else self._watch(r) for i, r in enumerate(listed)]
         args = VigorConfig("vigor-run") if args is None else args
         _check_columns(self._rewards.values(), kwargs.get("train_dataset"))
         super().__init__(model=model, reward_funcs=bound, args=args, **kwargs)
         self._check_names()
         self._check_policy_rewards()
+        check_continuous_batching(self)
+        if self.is_fsdp_enabled:  # else generation ends in each process on its own, and gathers of others' wait forever
+            for module in self.model.modules():
+                if isinstance(module, GenerationMixin):
+                    module._is_fsdp_managed_module = True
+        self.adding = auxiliary.active(self._rewards, self.args.reward_weights, self.args.reward_weights_final)
+        auxiliary.check(self, self.adding)
         self._fusion = Fusion(self, list(self._rewards.values()))
         self._teacher = self._make_teacher()
         self._guard = Guard(self)
         self._checkpoints = Checkpoints(self)
         self.add_callback(self._checkpoints)
+        written = self.args.log_completions and self.accelerator.is_main_process
+        self._tokens = TokenLog(self.args.output_dir, self._tokenizer, on=written)
+        self.add_callback(self._tokens)
         self.sampler: Any = None
         self._seconds = {"generation": 0.0, "reward": 0.0}
 
@@ -158,6 +175,7 @@ class VigorTrainer(GRPOTrainer):
         gathered = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._report_infinite(gathered)
         shaped = self._shape(gathered, rollouts)
+        self._terms = self._auxiliary_terms(gathered, rollouts) if self.model.training else None
         self._fusion.take(self._policy, self._prompt_ids)
         del self._policy
         self._seconds["reward"] += time.perf_counter() - started
@@ -169,7 +187,7 @@ class VigorTrainer(GRPOTrainer):
         def score(**_: Any) -> list[float]:
             with self.accelerator.autocast():
                 scores = reward.score(self._policy.rollouts, self._policy)
-            if trouble := _nonfinite(reward, scores, self._policy.rollouts):
+            if trouble := nonfinite(reward, scores, self._policy.rollouts):
                 if not self.model.training:
                     raise FloatingPointError(f"evaluation at step {self.state.global_step}: {trouble}.")
                 self._guard.reward_trouble(trouble)
@@ -177,6 +195,12 @@ class VigorTrainer(GRPOTrainer):
 
         score.__name__ = reward.name
         return score
+
+    def _watch(self, given: Any) -> Any:
+        """A function of the user's, its exceptions and results checked; models and their names as they are."""
+        if isinstance(given, str | nn.Module):
+            return given
+        return watched(given, lambda: self.state.global_step + 1)
 
     def _report_infinite(self, gathered: Tensor) -> None:
         """Tells the guard of weighted rewards that are infinite; NaN is a row without an opinion."""
@@ -212,6 +236,8 @@ class VigorTrainer(GRPOTrainer):
                 mask_L[len(prompt) : len(prompt) + len(own)] = torch.tensor(own, device=mask_L.device)
         if self.args.truncated == "mask":
             rollouts.completion_mask_BL[rollouts.truncated_B] = 0
+        if self.model.training:
+            self._tokens.expect(rollouts, self._prompt_ids, completion_ids)
         self._log_completion_extra("length", [len(ids) for ids in completion_ids])
         self._log_completion_extra("truncated", truncated.tolist())
         return rollouts
@@ -265,6 +291,20 @@ class VigorTrainer(GRPOTrainer):
         self._log_alignment(scores, shaped, group)
         return shaped
 
+    def _auxiliary_terms(self, scores: Tensor, rollouts: Rollouts) -> list[list[Any]] | None:
+        """For each local row, what its rewards add to the loss; None where no reward does."""
+        if not self.adding:
+            return None
+        terms: list[list[Any]] = [[] for _ in range(len(rollouts))]
+        for i, reward in self.adding.items():
+            column, weight = scores[:, i].clone(), float(self.reward_weights[i])
+            if self.args.truncated == "mask":
+                assert rollouts.truncated_B is not None
+                column[self.accelerator.gather(rollouts.truncated_B)] = torch.nan
+            found = auxiliary.terms_of(reward, weight, column, rollouts, self._policy)
+            terms = [before + more for before, more in zip(terms, found, strict=True)]
+        return terms
+
     def _log_alignment(self, scores: Tensor, shaped: Tensor, group: tuple[int, int]) -> None:
         """How well each reward tells right from wrong within groups, where an accuracy reward says what is right."""
         at = next((i for i, reward in self._rewards.items() if reward.name.split("(")[0] == "accuracy"), None)
@@ -307,21 +347,34 @@ class VigorTrainer(GRPOTrainer):
         TRL divides the rounding error of their mean by 1e-4.
         """
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        check_sampler(self, output)
         first = self.accelerator.process_index * len(inputs)
         local = self._informative[first : first + len(inputs)]
         output["advantages"] = torch.where(local, output["advantages"], 0.0)
         logged = self._logs["advantages"]
         for i, keep in enumerate(self._informative.tolist(), start=len(logged) - len(self._informative)):
             logged[i] = logged[i] if keep else 0.0
+        if self._terms is not None:
+            output[auxiliary.TERMS] = self._terms
         if self._fusion.ready and not self._guard.troubled:
             output[FUSED_ROW] = torch.arange(len(inputs), device=self.accelerator.device)
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss; the log-probabilities of rows that the scoring pass kept come from there, gradient and all."""
+        """TRL's loss and the rewards' own terms; what the scoring pass kept comes from there, gradient and all."""
         self._fusion.rows = inputs.get(FUSED_ROW)
+        self._per_token: Any = None
         loss: Tensor = super()._compute_loss(model, inputs)
+        seen, self._per_token = self._per_token, None
+        if auxiliary.TERMS in inputs:
+            with self.accelerator.autocast():
+                term = auxiliary.auxiliary_loss(self, self.accelerator.unwrap_model(self.model), inputs)
+            if self.model.training:
+                self.record("auxiliary_loss", float(self.accelerator.gather(term.detach()).mean()))
+            loss = loss + term
         if self.model.training:
+            if seen is not None:
+                self._tokens.saw(inputs, *seen[:2])
             self._guard.saw(inputs, loss)
         return loss
 
@@ -334,10 +387,12 @@ class VigorTrainer(GRPOTrainer):
         self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if self._fusion.rows is None:
-            return super()._get_per_token_logps_and_entropies(
+            self._per_token = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        return self._fusion.deliver(model, logits_to_keep)
+        else:
+            self._per_token = self._fusion.deliver(model, logits_to_keep)
+        return self._per_token
 
     # Housekeeping -----------------------------------------------------------------------------------------------------
 
@@ -447,7 +502,7 @@ class VigorTrainer(GRPOTrainer):
     def say(self, text: str) -> None:
         """Prints a line, once for all processes and clear of a progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            tqdm.write(printable(text))
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in generation and in rewards since the last call."""
@@ -469,15 +524,25 @@ class VigorTrainer(GRPOTrainer):
 
     def _check_policy_rewards(self) -> None:
         names = [reward.name for reward in self._rewards.values() if reward.needs & _POLICY]
-        sharded = self.is_fsdp_enabled or self._is_zero3
+        uneven = [r.name for r in self._rewards.values() if "reference_logps" in r.needs or r.name in _UNEVEN]
         if names and self._is_vlm:
             raise ValueError(
                 f"reward {names[0]!r} scores text; the policy is a vision-language model, and images would be lost."
             )
-        if names and sharded:
+        if names and self._is_zero3:
             raise ValueError(
-                f"reward {names[0]!r} differentiates the policy, whose parameters are sharded (FSDP or "
-                "ZeRO-3): this release would get the norms of shards. Use DDP or ZeRO-1/2."
+                f"reward {names[0]!r} reads the policy, whose parameters are partitioned by DeepSpeed ZeRO-3: it would "
+                "get the norms of parts. Use FSDP2 (--accelerate_config fsdp2), or ZeRO-1/2."
+            )
+        if names and self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                f"reward {names[0]!r} reads the policy, whose parameters FSDP version 1 merges into flat ones. Use "
+                "version 2 (--accelerate_config fsdp2; in a file of your own, fsdp_version: 2)."
+            )
+        if uneven and self.is_fsdp_enabled:
+            raise ValueError(
+                f"reward {uneven[0]!r} runs forward passes that differ in number between processes, which FSDP's must "
+                "not. Use DDP or ZeRO-1/2."
             )
 
 
@@ -499,20 +564,6 @@ def _check_columns(ours: Any, dataset: Any) -> None:
                 f"reward {reward.name!r} reads the column {missing[0]!r}, but the data set has {', '.join(columns)}. "
                 "Rename the column, or leave this reward out."
             )
-
-
-def _nonfinite(reward: Reward, scores: Tensor, rollouts: Rollouts) -> str | None:
-    """What is wrong with scores that are infinite, or NaN where the policy's own numbers make them."""
-    bad = scores.isinf()
-    if reward.needs & (_POLICY - {"reference_logps"}):  # a row without a reference has no opinion
-        bad |= scores.isnan() & (rollouts.lengths_B > 0)
-    if not bad.any():
-        return None
-    row = int(bad.nonzero()[0])
-    return (
-        f"reward {reward.name!r} is {scores[row].item()} for {int(bad.sum())} of {len(scores)} completions (first: row "
-        f"{row}, {int(rollouts.lengths_B[row])} tokens)"
-    )
 
 
 def _row_keys(rollouts: Rollouts) -> Tensor:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from vigor.terminal import printable, refuse
+
 if TYPE_CHECKING:
     from vigor.compare.plan import Plan, Run
     from vigor.compare.runs import Failed
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Runs `vigor compare`; returns the exit status (0 done, 1 refused or a run failed, with a message)."""
+    """Runs `vigor compare`; returns the exit status (0 done, 1 a run failed, 2 refused with a message)."""
     from vigor.compare.plan import make_plan, slug
     from vigor.compare.runs import check_settings, execute
 
@@ -64,18 +66,17 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
         out: Path = args.output_dir or Path("runs") / f"compare-{slug(Path(args.config).stem)}"
         check_settings(out, plan.runs)
         if args.dry_run:
-            print(describe(plan, out))
+            print(printable(describe(plan, out)))
             return 0
         check_runs(out, plan)
     except (OSError, ValueError) as error:
-        print(f"vigor compare: {error}", file=sys.stderr)
-        return 1
+        return refuse("compare", error)
     signal.signal(signal.SIGTERM, _end)
-    failed = execute(out, plan.runs, jobs=args.jobs, say=lambda text: print(text, flush=True))
+    failed = execute(out, plan.runs, jobs=args.jobs, say=lambda text: print(printable(text), flush=True))
     tables = write(out, plan, failed)
     _print(out, tables)
     for failure in failed:
-        print(f"{failure.run.name} failed: {failure.reason} (see {failure.log}).", file=sys.stderr)
+        print(printable(f"{failure.run.name} failed: {failure.reason} (see {failure.log})."), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -83,19 +84,26 @@ def read_settings(rest: Sequence[str]) -> dict[str, Any]:
     """{"max_steps": 50} from ["--max_steps", "50"]; several values make a list, none makes True.
 
     Raises:
-        ValueError: a value without a setting before it.
+        ValueError: a value without a setting before it, or one that is not YAML.
     """
     given: dict[str, list[Any]] = {}
     name = None
     for part in rest:
         if part.startswith("--"):
             name, has_value, value = part[2:].partition("=")
-            given[name] = [yaml.safe_load(value)] if has_value else []
+            given[name] = [_value(name, value)] if has_value else []
         elif name is None:
             raise ValueError(f"{part!r} stands without a --setting before it.")
         else:
-            given[name].append(yaml.safe_load(part))
+            given[name].append(_value(name, part))
     return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
+
+
+def _value(name: str, written: str) -> Any:
+    try:
+        return yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"--{name} {written!r}: the value cannot be read ({error}).") from error
 
 
 def describe(plan: Plan, out: Path) -> str:
@@ -192,10 +200,8 @@ def _print(out: Path, tables: Sequence[Table]) -> None:
     for made in tables:
         console.print(terminal(made))
     console.print(note(tables), highlight=False, markup=False)
-    console.print(
-        f"Tables: {out / 'compare.md'}, {out / 'compare.json'}", highlight=False, markup=False, soft_wrap=True
-    )
-    console.print(f"Report: {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    for text in (f"Tables: {out / 'compare.md'}, {out / 'compare.json'}", f"Report: {out / 'report.html'}"):
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _machine(kinds: Sequence[dict[str, Any]]) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from vigor.reading import ReadError, check, read_json
+from vigor.terminal import printable, refuse
+
+_SHAPE = {
+    "step": int, "why": str, "grad_norm": str, "processes": int, "settings": {str: (str, int, float, bool, type(None))},
+    "steps_per_generation": int, "vllm_weights": bool, "base_model": str,
+}  # fmt: skip
 TOLERANCE = 1e-3
 """Relative: the update may have been taken from the scoring pass, or by several processes, which rounds differently."""
 
@@ -23,17 +29,12 @@ def replay(args: argparse.Namespace) -> int:
     """Prints both sides; returns 0 if the step is reproduced, 1 if it is not, 2 if there is no such dump."""
     folder = Path(args.dump)
     try:
-        about = json.loads((folder / "dump.json").read_text("utf-8"))
-        files = [folder / f"batch-{i}.pt" for i in range(about["processes"])]
-        if missing := [file for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{missing[0]} is missing")
+        about = read_about(folder)
+        processes = load_batches(folder, about)
+        losses, norm, seen = compute(folder, about, processes)
     except (OSError, ValueError) as error:
-        print(
-            f"vigor replay: {folder} is no dump ({error}). Name a folder under dumps/ of a run folder.", file=sys.stderr
-        )
-        return 2
-    losses, norm, seen = compute(folder, about, files)
-    print(f"step {about['step']}: {about['why']}")
+        return refuse("replay", f"{folder} is no dump ({error}). Name a folder under dumps/ of a run folder.")
+    print(printable(f"step {about['step']}: {about['why']}"))
     print(f"              then          now\ngradient norm {float(about['grad_norm']):<13g} {norm:g}")
     for i, (then, now) in enumerate(zip(seen, losses, strict=True)):
         print(f"loss {i:<8} {then:<13g} {now:g}")
@@ -50,7 +51,51 @@ def close(then: float, now: float) -> bool:
     return math.isclose(then, now, rel_tol=TOLERANCE, abs_tol=1e-6)
 
 
-def compute(folder: Path, about: dict[str, Any], files: list[Path]) -> tuple[list[float], float, list[float]]:
+def read_about(folder: Path) -> dict[str, Any]:
+    """What dump.json says.
+
+    Raises:
+        OSError, ValueError: there is none, or it is not what the guard writes.
+    """
+    from vigor.guard import REPLAYED
+
+    about: dict[str, Any] = read_json(folder / "dump.json", _SHAPE)
+    if strange := set(about["settings"]) - set(REPLAYED):
+        raise ReadError(f"{folder / 'dump.json'} holds the setting {min(strange)!r}, which no dump has.")
+    if not (1 <= about["processes"] <= 100_000 and about["steps_per_generation"] >= 1):
+        raise ReadError(f"{folder / 'dump.json'}: processes and steps_per_generation must be positive.")
+    try:
+        float(about["grad_norm"])
+    except ValueError as error:
+        raise ReadError(f"{folder / 'dump.json'}: grad_norm is {about['grad_norm']!r}, expected a number.") from error
+    return about
+
+
+def load_batches(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each process's batches and losses; nothing is unpickled.
+
+    Raises:
+        OSError, ValueError: a file is missing, or not what the guard writes.
+    """
+    import torch
+
+    loaded = []
+    for i in range(about["processes"]):
+        path = folder / f"batch-{i}.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            raise ReadError(f"{path} is no file of tensors ({str(error).splitlines()[0]})") from error
+        check(content, {"batches": [dict], "losses": list}, str(path))
+        loaded.append(content)
+    return loaded
+
+
+def compute(
+    folder: Path, about: dict[str, Any], loaded: list[dict[str, Any]]
+) -> tuple[list[float], float, list[float]]:
     """(losses now, gradient norm now, losses then) of all processes' micro-batches, one after the other.
 
     Several processes average their gradients; here each one's loss is divided by their number.
@@ -58,7 +103,6 @@ def compute(folder: Path, about: dict[str, Any], files: list[Path]) -> tuple[lis
     import torch
     from accelerate.utils import send_to_device
 
-    loaded = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(folder, about, scratch)
@@ -82,6 +126,7 @@ def _trainer(folder: Path, about: dict[str, Any], scratch: str) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
+    from vigor.commands.settings import fit
     from vigor.config import VigorConfig
     from vigor.trainer import VigorTrainer
 
@@ -92,7 +137,7 @@ def _trainer(folder: Path, about: dict[str, Any], scratch: str) -> Any:
         save_strategy="no",
         fused="off",
         max_skipped_updates=0,
-        **about["settings"],
+        **fit(about["settings"], (VigorConfig,)),
     )
     trainer = VigorTrainer(
         _model(folder, about),

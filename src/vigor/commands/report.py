@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
+
+from vigor.reading import read_json
+from vigor.terminal import printable, refuse
+
+_RUN = {"folder": (str, type(None)), "method": str, "world": str}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Runs `vigor report`; returns the exit status (0 done, 1 refused with a message)."""
+    """Runs `vigor report`; returns the exit status (0 done, 2 refused with a message)."""
     from vigor.report import write_runs
 
     try:
@@ -32,17 +35,17 @@ def report(args: argparse.Namespace) -> int:
         else:
             _comparison(comparisons[0], out, args.title)
     except (OSError, ValueError) as error:
-        print(f"vigor report: {error}", file=sys.stderr)
-        return 1
-    print(f"Report: {out}")
+        return refuse("report", error)
+    print(f"Report: {printable(out)}")
     return 0
 
 
 def _comparison(folder: Path, out: Path, title: str) -> None:
+    from vigor.compare.table import SHAPE as TABLE
     from vigor.compare.table import from_dict, html
     from vigor.report import write_runs
 
-    content = json.loads((folder / "compare.json").read_text("utf-8"))
+    content = read_json(folder / "compare.json", {"runs": [_RUN], "worlds": dict, "tables": [TABLE]})
     runs = [run for run in content["runs"] if run["folder"] is not None]
     several = len(content["worlds"]) > 1
     labels = [f"{run['method']} · {run['world']}" if several else run["method"] for run in runs]

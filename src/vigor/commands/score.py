@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vigor.terminal import printable, refuse
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `vigor score`."""
@@ -36,12 +38,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def score(args: argparse.Namespace) -> int:
-    """Runs `vigor score`; returns the exit status (0 done, 1 refused with a message)."""
+    """Runs `vigor score`; returns the exit status (0 done, 2 refused with a message)."""
     try:
         run(args)
     except (OSError, ValueError) as error:
-        print(f"vigor score: {error}", file=sys.stderr)
-        return 1
+        return refuse("score", error)
     return 0
 
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if taken := [PREFIX + r.name for r in rewards if PREFIX + r.name in (census.columns or ())]:
         raise ValueError(f"{args.completions} has a column {taken[0]!r} already: rename or remove it.")
     if census.bad_rows:
-        print(f"{census.bad_rows:,} bad rows of {args.completions} left out.")
+        print(f"{census.bad_rows:,} bad rows of {printable(args.completions)} left out.")
     model = load_model(args)
     done = part.begin()
     samples = read_samples(args.completions, tokenizer=tokenizer, reject=lambda line, reason: None, **columns)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         bar.update(len(scores))
     bar.close()
     count = part.finish(next((r.name for r in rewards if args.best_of and _same(r.name, args.best_of)), None))
-    print(f"{census.completions:,} completions of {census.rows:,} rows scored; {count:,} rows in {args.out}")
+    print(f"{census.completions:,} completions of {census.rows:,} rows scored; {count:,} rows in {printable(args.out)}")
 
 
 def skip_finished(samples: Any, done: int) -> tuple[int, Any]:

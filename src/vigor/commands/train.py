@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vigor import recipes
-from vigor.checkpoint import CheckpointError, locked, step_of
+from vigor.checkpoint import CheckpointError, LockedError, locked, step_of
 from vigor.commands.arguments import TrainArguments
+from vigor.commands.settings import check_texts, fit
+from vigor.launch import Launch, launch, wants_launch
+from vigor.reading import check, read_settings
+from vigor.terminal import one_screen, printable, refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,32 +67,82 @@ class Job:
 def train(argv: Sequence[str]) -> int:
     """Runs `vigor train` with these arguments.
 
-    Returns the exit status: 0 done, 1 refused or stopped with a message, 143 or 130 stopped by SIGTERM or SIGINT.
+    Returns the exit status: 0 done, 1 stopped with a message while it ran, 2 refused with a message, 143 or 130 stopped
+    by SIGTERM or SIGINT.
     """
+    if wants_launch(argv):
+        try:
+            return launch(_named(argv), preflight)
+        except (OSError, ValueError) as error:
+            return refuse("train", error)
     try:
         argv, config = read_config(argv)
     except (OSError, ValueError) as error:
-        return _refuse(error)
+        return refuse("train", error)
+    from vigor.outside import RewardError
+    from vigor.runfolder import RunFolderError
+
     quiet_third_parties()
     try:
         job = prepare(argv, config)
     except (OSError, ValueError) as error:
-        return _refuse(error)
+        return refuse("train", error)
     if job.run.dry_run:
-        print(plan(job))
+        print(printable(plan(job)))
         return 0
     try:
         status = run(job)
-    except (CheckpointError, FloatingPointError) as error:
-        status = _refuse(error)
+    except (LockedError, RunFolderError) as error:  # taken by another run since it was found free
+        status = refuse("train", error)
+    except (CheckpointError, FloatingPointError, RewardError) as error:
+        status = _stopped(error)
+    except RuntimeError as error:
+        if not _lost_another(error):
+            raise
+        return _stopped(
+            f"another process of this run has ended, or its machine cannot be reached ({str(error).splitlines()[0]}). "
+            "This one stops too; start them all again with --resume."
+        )
     except KeyboardInterrupt:
         status = 130
     except OSError as error:
         if error.errno not in _NO_WRITING:
             raise
-        status = _refuse(OSError(f"{error}. Nothing more can be written there; make room, and continue with --resume."))
+        status = _stopped(f"{error}. Nothing more can be written there; make room, and continue with --resume.")
     leave_process_group()
     return status
+
+
+def preflight(asked: Launch) -> int:
+    """What one of so many processes would refuse before it loads the model; prints the plan of a dry run.
+
+    Changes `VigorConfig.planned_processes`: for a process that does nothing else. Returns the exit status, 0 or 2.
+    """
+    try:
+        argv, config = read_config(asked.argv)
+        from vigor.config import VigorConfig
+        from vigor.rewards.base import Reward
+
+        quiet_third_parties()
+        VigorConfig.planned_processes = asked.processes
+        job = prepare(argv, config)
+        if asked.shards and job.args.device.type == "cpu":
+            raise ValueError(
+                f"--accelerate_config {asked.config.stem} shards parameters with FSDP, which accelerate does on "
+                "accelerators only; on CPUs each process would silently hold them all. Use multi_gpu."
+            )
+        policy = {"grad_norm", "token_stats", "reference_logps"}
+        reading = [reward.name for reward in job.rewards if isinstance(reward, Reward) and reward.needs & policy]
+        if asked.zero_stage == 3 and reading:
+            raise ValueError(
+                f"reward {reading[0]!r} reads the policy, whose parameters DeepSpeed ZeRO-3 partitions: it would get "
+                "the norms of parts. Use --accelerate_config fsdp2, which shards as much, or zero2."
+            )
+    except (OSError, ValueError) as error:
+        return refuse("train", error)
+    if job.run.dry_run:
+        print(printable(plan(job)))
+    return 0
 
 
 def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -106,13 +160,11 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if at + 1 == len(argv):
         raise ValueError("--config needs the name of a recipe or a YAML file (see `vigor recipes`).")
     path = recipes.resolve(argv[at + 1])
-    try:
-        config = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("env", {}), dict):
-        raise ValueError(f"{path} must hold a mapping of settings, and under `env` a mapping of variables.")
+    config = read_settings(path)
+    check(config, {"env?": {str: (str, int, float, bool)}}, str(path))
     for name, value in config.get("env", {}).items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in f"{name}{value}":
+            raise ValueError(f"{path}: env: {name!r} is no variable that can be set.")
         os.environ[name] = str(value)
     return argv[:at] + argv[at + 2 :], config
 
@@ -129,20 +181,32 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
     from vigor.data import load_prompts
     from vigor.runfolder import RunFolder
 
-    parser = TrlParser(
-        (TrainArguments, VigorConfig, ModelConfig),
+    class Settings(TrlParser):
+        """TRL's parser with our complaints."""
+
+        def error(self, message: str) -> None:
+            super().error(one_screen(printable(message)))
+
+    classes = (TrainArguments, VigorConfig, ModelConfig)
+    parser = Settings(
+        classes,
         prog="vigor train",
         usage="vigor train [--config NAME|FILE] [--any_setting value …]",
         description="--config takes a YAML file of the settings below or the name of a recipe (see `vigor recipes`); "
-        "flags override it. First ours, then those of TRL's GRPOConfig, then the model's.",
+        "flags override it. First ours, then those of TRL's GRPOConfig, then the model's. To start several processes: "
+        "--accelerate_config NAME|FILE --num_processes N (docs/parallel.md).",
     )
     env = config.get("env", {})
-    if unknown := parser.set_defaults_with_config(**_listed(config, parser)):
-        raise ValueError(f"--config: unknown settings {', '.join(u[2:] for u in unknown[::2])}.")
+    settable = fit({key: value for key, value in config.items() if key != "env"}, classes)
+    known = {field.name for each in classes for field in fields(each)}
+    if unknown := [name for name in settable if name not in known]:
+        raise ValueError(f"--config: unknown settings {', '.join(unknown)}.")
+    parser.set_defaults_with_config(**settable)
     if "output_dir" not in config and not any(arg.split("=")[0] == "--output_dir" for arg in argv):
         argv = [*argv, "--output_dir", _default_folder(config)]
     settings = {**vars(parser.parse_args(argv)), "resume": False, **({"env": env} if env else {})}
-    run, args, model_args = parser.parse_args_into_dataclasses(args=list(argv))
+    check_texts(settings)
+    run, args, model_args = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
     if run.prompts is None or model_args.model_name_or_path is None:
         raise ValueError(
             "name the prompts and the model: --prompts FILE --model_name_or_path NAME, or a recipe that does, such as "
@@ -182,7 +246,8 @@ def plan(job: Job) -> str:
     from trl import get_peft_config
 
     from vigor.data import encode_prompt
-    from vigor.plan import Memory, describe, estimate_memory
+    from vigor.plan import describe, estimate_memory
+    from vigor.planner.memory import Memory
 
     sample = job.data.dataset.select(range(min(1000, job.data.n_rows)))
     template = dict(job.args.chat_template_kwargs or {})
@@ -253,7 +318,7 @@ def _run(job: Job) -> int:
     if trainer.accelerator.is_main_process:
         folder.start(job.settings)
         if job.data.n_bad_rows:
-            print(f"{job.data.n_bad_rows:,} bad rows left out of {job.data.source}.")
+            print(f"{job.data.n_bad_rows:,} bad rows left out of {printable(job.data.source)}.")
     trainer.remove_callback(PrinterCallback)
     interrupt = Interrupt(trainer)
     for callback in (StepClock(trainer), MetricsFile(folder), ProgressBar(trainer.reward_func_names), interrupt):
@@ -296,6 +361,9 @@ def leave_process_group() -> None:
 def _lab_scores(job: Job, trainer: Any, when: str) -> dict[str, Any]:
     """Scores of the model on every lab task, where the prompts are the lab's."""
     if not job.run.prompts.startswith("lab:") or job.run.lab_eval_prompts == 0:  # type: ignore[union-attr]
+        return {}
+    if trainer.is_fsdp_enabled:
+        print("The model is not scored on the lab: its parameters are sharded, and one process alone does the scoring.")
         return {}
     from vigor.lab.evaluate import evaluate
     from vigor.lab.tasks import TASKS
@@ -376,7 +444,7 @@ def _resumed_from(folder: RunFolder, args: VigorConfig, settings: dict[str, Any]
         broadcast_object_list(found)
     path, rejected = found
     for each in rejected if main else ():
-        print(each, file=sys.stderr)
+        print(printable(each), file=sys.stderr)
     if path is None:
         raise ValueError(f"--resume: {folder.path / 'checkpoints'} holds no whole checkpoint. Start anew.")
     try:
@@ -385,7 +453,7 @@ def _resumed_from(folder: RunFolder, args: VigorConfig, settings: dict[str, Any]
         raise ValueError(f"--resume: {error}") from error
     if not (folder.path / "config.yaml").is_file():
         raise ValueError(f"--resume: {folder.path / 'config.yaml'} is missing, so the run's settings are not known.")
-    before = yaml.safe_load((folder.path / "config.yaml").read_text("utf-8"))
+    before = folder.read_config()
     sealed: dict[str, tuple[Any, Any]] = {}
     free: dict[str, tuple[Any, Any]] = {}
     for name in (before.keys() | settings.keys()) - _FREE:
@@ -398,7 +466,8 @@ def _resumed_from(folder: RunFolder, args: VigorConfig, settings: dict[str, Any]
             f"new run from its weights, with --model_name_or_path {path} and a new --output_dir."
         )
     if main and (changed := differences(*_sides(free))):
-        print(f"Resuming with other settings than before: {', '.join(changed)}. The run goes on with the new ones.")
+        told = f"Resuming with other settings than before: {', '.join(changed)}. The run goes on with the new ones."
+        print(one_screen(printable(told)))
     return Path(path)
 
 
@@ -433,16 +502,6 @@ def _check_length(args: VigorConfig, n_prompts: int, folder: RunFolder, checkpoi
             "afterwards."
         )
     return trained
-
-
-def _listed(config: dict[str, Any], parser: Any) -> dict[str, Any]:
-    """The settings without `env`, a single value given for a list as a list of one."""
-    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
-    return {
-        key: [value] if key in lists and value is not None and not isinstance(value, list) else value
-        for key, value in config.items()
-        if key != "env"
-    }
 
 
 def _model_path(name: str) -> str:
@@ -490,6 +549,14 @@ def _lab_size(args: VigorConfig) -> int:
     return max(generations * args.generation_batch_size // args.num_generations, 1) if args.max_steps > 0 else 4096
 
 
+def _named(argv: Sequence[str]) -> list[str]:
+    """The arguments with a run folder that all processes will agree on."""
+    rest, config = read_config(argv)
+    if "output_dir" in config or any(arg.split("=")[0] == "--output_dir" for arg in rest):
+        return list(argv)
+    return [*argv, "--output_dir", _default_folder(config)]
+
+
 def _default_folder(config: dict[str, Any]) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("name the run folder with --output_dir: several processes must agree on it.")
@@ -507,6 +574,14 @@ def quiet_third_parties() -> None:
     logging.disable_progress_bar()
 
 
-def _refuse(error: Exception) -> int:
-    print(f"vigor train: {error}", file=sys.stderr)
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether the connection to another process broke: torch has a type for NCCL's errors, and none for gloo's."""
+    from torch.distributed import DistError
+
+    broken = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, DistError) or any(text in str(error) for text in broken)
+
+
+def _stopped(error: object) -> int:
+    refuse("train", error)
     return 1

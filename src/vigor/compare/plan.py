@@ -19,14 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vigor import recipes
+from vigor.reading import check, read_settings
 
 BASE = "base"
 """The model before training: not a run, but what every run is scored as before it starts."""
 METHODS = (BASE, "accuracy", "vigor", "self_certainty", "entropy", "majority_vote", "random")
 SEEDS = (0, 1, 2)
+_SHAPE = {
+    "recipe?": str,
+    "settings?": (dict, type(None)),
+    "methods?": [(str, dict)],
+    "worlds?": [(str, dict)],
+    "seeds?": [int],
+    "baseline?": str,
+}
 KEYS = ("recipe", "settings", "methods", "worlds", "seeds", "baseline")
 OWN = ("seed", "output_dir", "resume", "dry_run", "config")
 """Settings of a run that the comparison sets itself."""
@@ -127,12 +134,9 @@ def slug(name: str) -> str:
 
 def _read(config: str) -> tuple[Path, dict[str, Any]]:
     path = recipes.resolve(config, comparisons=True)
-    try:
-        read = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path} must hold a mapping of settings.")
+    read = read_settings(path)
+    if "methods" in read:
+        check(read, _SHAPE, str(path))
     return path, read
 
 

@@ -12,7 +12,6 @@ death of its parent is waited for, never doubled.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 import yaml
 
 from vigor.compare.plan import Run
+from vigor.reading import ReadError, read_settings
 from vigor.runfolder import RunFolder
 
 POLL_S = 0.2
@@ -62,9 +62,9 @@ def finished(folder: RunFolder) -> bool:
     """True if the run has left results.json, whole, and metrics."""
     try:
         results = folder.read_json("results.json")
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ReadError):
         return False
-    return isinstance(results, dict) and "after" in results and bool(folder.read_metrics())
+    return "after" in results and bool(folder.read_metrics())
 
 
 def check_settings(out: Path, runs: Sequence[Run]) -> None:
@@ -77,7 +77,7 @@ def check_settings(out: Path, runs: Sequence[Run]) -> None:
         path = _settings(out, run)
         if not path.is_file() or not folder_of(out, run).path.exists():
             continue
-        there = yaml.safe_load(path.read_text("utf-8"))
+        there = read_settings(path)
         if different := sorted(k for k in {*there, *run.settings} if there.get(k) != run.settings.get(k)):
             told = ", ".join(f"{k} {there.get(k)!r} there, {run.settings.get(k)!r} now" for k in different)
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vigor.compare.outcomes import Outcome
 from vigor.compare.plan import BASE, Plan
 from vigor.compare.statistics import Estimate, estimate, paired_difference, verdict
+from vigor.reading import NUMBER, ReadError
+from vigor.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 PRIMARY = "sampled"
 """The metric that the verdicts are about."""
 _PERCENT = ("sampled", "greedy", "pass@", "majority@", "repetition")
+_COLUMN = re.compile(r"sampled|greedy|(pass|majority)@\d{1,9}|entropy|length|repetition|seconds")
 _ORDER = ("sampled", "greedy", "pass@", "majority@", "entropy", "length", "repetition", "seconds")
 _DIGITS = {"entropy": 3, "length": 1, "seconds": 0}
 NOTE = (
@@ -145,15 +149,15 @@ def terminal(table: Table) -> Group:
     cut = next((i for i, name in enumerate(head) if name == "entropy"), len(head) - 1)
     parts: list[Rich | Text] = []
     for i, columns in enumerate([range(1, cut), range(cut, len(head) - 1)]):
-        made = Rich(title=Text(table.title) if i == 0 else None, title_justify="left")
+        made = Rich(title=Text(printable(table.title)) if i == 0 else None, title_justify="left")
         made.add_column("method", overflow="fold")
         for at in columns:
             made.add_column(head[at], justify="right", no_wrap=True)
         for line in body:
-            made.add_row(Text(line[0]), *(Text(line[at]) for at in columns))
+            made.add_row(*(Text(printable(line[at])) for at in (0, *columns)))
         parts += [made] if columns else []
     colours = {"up": "green", "down": "red", "": ""}
-    parts += [Text(f"{row.method}: {row.verdict}", style=colours[direction(row)]) for row in table.rows]
+    parts += [Text(printable(f"{row.method}: {row.verdict}"), style=colours[direction(row)]) for row in table.rows]
     return Group(*parts, Text())
 
 
@@ -176,14 +180,26 @@ def as_dict(table: Table) -> dict[str, Any]:
     return {"world": table.world, "task": table.task, "baseline": table.baseline, "rows": rows}
 
 
+_ESTIMATE = {"mean": NUMBER, "half": (*NUMBER, type(None)), "n": int}
+SHAPE = {
+    "world": str,
+    "task": str,
+    "baseline": str,
+    "rows": [{"method": str, "n_seeds": int, "metrics": {str: _ESTIMATE}, "verdict": str}],
+}
+"""Of what `as_dict` writes, as far as `from_dict` relies on it."""
+
+
 def from_dict(content: dict[str, Any]) -> Table:
-    """The table that `as_dict` wrote."""
+    """The table that `as_dict` wrote; ReadError if it has a column that no table has."""
 
     def numbers(value: dict[str, Any] | None) -> Estimate | None:
         return None if value is None else Estimate(value["mean"], value["half"], value["n"])
 
     rows = []
     for row in content["rows"]:
+        if strange := [name for name in row["metrics"] if not _COLUMN.fullmatch(name)]:
+            raise ReadError(f"the table {content['task']!r} has a column {strange[0]!r}, which no comparison writes.")
         metrics = {name: Estimate(v["mean"], v["half"], v["n"]) for name, v in row["metrics"].items()}
         rows.append(Row(row["method"], row["n_seeds"], metrics, numbers(row["difference"]), row["verdict"]))
     return Table(content["world"], content["task"], content["baseline"], _columns(rows), tuple(rows))

@@ -134,7 +134,9 @@ def _resolve(source: str) -> tuple[str, Path | None]:
     formats = ", ".join(KINDS)
     if path.is_dir():
         raise DataError(f"{source} is a directory: name one file in it ({formats})")
-    if path.exists():
+    if path.exists() and not path.is_file():
+        raise DataError(f"{source} is a pipe or a device: name a regular file ({formats})")
+    if path.is_file():
         if kind is None or (kind == "parquet" and path.suffix == ".gz"):
             raise DataError(f"{source}: the format of '{path.name}' is not known: use {formats}, or .gz of a text one")
         return kind, path

@@ -1,0 +1,136 @@
+"""What cannot be had on sharded parameters is refused by name: one process, its own process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers_trainer import trainer
+from models import SAMPLES, padded, qwen2, qwen2_untied
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from vigor.gradnorm import UnsupportedModule, fused_grad_norms, sequence_grad_norms
+from vigor.trainer import VigorTrainer
+
+BATCH = padded(SAMPLES)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(model: Any) -> Any:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def test_one_process_shards_too() -> None:
+    expected = sequence_grad_norms(qwen2(), *BATCH)
+    assert torch.allclose(sequence_grad_norms(sharded(qwen2()), *BATCH, method="batched"), expected, rtol=1e-5)
+
+
+def test_tensor_parallel_layers_are_refused() -> None:
+    model = qwen2()
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    parallelize_module(model.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
+    with pytest.raises(UnsupportedModule, match=r"mlp.up_proj.weight is sharded.*tensor parallelism"):
+        sequence_grad_norms(model, *BATCH)
+
+
+def test_tensor_parallel_layers_inside_fsdp_are_refused() -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    model = qwen2()
+    parallelize_module(model.model.layers[0].mlp, mesh["tp"], {"up_proj": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    with pytest.raises(UnsupportedModule, match=r"mlp.up_proj.weight is sharded in another way than by FSDP2"):
+        sequence_grad_norms(model, *BATCH, method="batched")
+    with pytest.raises(UnsupportedModule, match=r"mlp.up_proj.weight is sharded in another way"):
+        sequence_grad_norms(model, *BATCH, method="loop")
+
+
+def test_a_root_that_is_no_unit_is_refused() -> None:
+    model = qwen2()
+    fully_shard(model.model.layers[0])
+    with pytest.raises(UnsupportedModule, match="call fully_shard on the whole model too"):
+        sequence_grad_norms(model, *BATCH)
+
+
+def test_fsdp_version_1_is_refused() -> None:
+    model = qwen2_untied()
+    model.model.layers[0] = FullyShardedDataParallel(model.model.layers[0], device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedModule, match=r"model.layers.0 is sharded by FSDP version 1.*fsdp_version: 2"):
+        sequence_grad_norms(model, *BATCH)
+
+
+def test_zero_3_is_refused() -> None:
+    model = qwen2()
+    model.model.norm.weight.ds_id = 7  # what DeepSpeed marks a partitioned parameter with
+    with pytest.raises(UnsupportedModule, match=r"model.norm.weight is partitioned by DeepSpeed ZeRO-3.*fsdp2"):
+        sequence_grad_norms(model, *BATCH)
+
+
+def test_whole_gradients_are_refused() -> None:
+    model = sharded(qwen2())
+    with pytest.raises(ValueError, match=r"fused_grad_norms: the parameters are sharded"):
+        fused_grad_norms(model, *BATCH)
+    with pytest.raises(ValueError, match=r"accumulation='gradient_dtype'.*sharded"):
+        sequence_grad_norms(model, *BATCH, method="loop", accumulation="gradient_dtype")
+
+
+def test_what_the_batched_method_cannot_do_is_not_left_to_the_loop() -> None:
+    """Falling back in one process would leave the others waiting for what it gathers."""
+
+    class Odd(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.rms_norm(
+                x, x.shape[-1:], self.weight.flip(0).sort().values.cumsum(0)[: x.shape[-1]] / x.mean(), self.eps
+            )
+
+    model = qwen2()
+    model.model.norm = Odd(model.model.norm)
+    model = sharded(model)
+    with pytest.raises(UnsupportedModule):
+        sequence_grad_norms(model, *BATCH)
+
+
+@pytest.mark.parametrize(
+    ("reward", "state", "message"),
+    [
+        ("vigor", {"is_fsdp_enabled": True, "version": 1}, "FSDP version 1"),
+        ("vigor", {"is_deepspeed_enabled": True, "version": 2}, "ZeRO-3"),
+        ("head_grad_norm", {"is_fsdp_enabled": True, "version": 2}, "differ in number between processes"),
+    ],
+)
+def test_rewards_that_cannot_be_had_sharded_are_refused(
+    reward: str, state: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    made = trainer(tmp_path, reward)
+    plugins = SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(zero_stage=3), fsdp_plugin=SimpleNamespace(fsdp_version=state.pop("version"))
+    )
+    stand_in = SimpleNamespace(
+        _rewards=made._rewards,
+        _is_vlm=False,
+        accelerator=SimpleNamespace(state=plugins),
+        **{"is_fsdp_enabled": False, "is_deepspeed_enabled": False, **state},
+    )
+    stand_in._is_zero3 = VigorTrainer._is_zero3.fget(stand_in)
+    with pytest.raises(ValueError, match=message):
+        VigorTrainer._check_policy_rewards(stand_in)
