@@ -32,7 +32,7 @@ dl { display: grid; grid-template-columns: 1fr auto; gap: 0 .8rem; margin: .3rem
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; } dt { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .4rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   vertical-align: top; }
 th:first-child, td:first-child, .words { text-align: left; }
 thead th { color: var(--quiet); font-size: .85rem; font-weight: 600; } tbody th { font-weight: 500; }
