@@ -22,7 +22,7 @@ from trl import ModelConfig
 from vigor import VigorConfig, recipes
 from vigor.cli import main
 from vigor.commands.arguments import TrainArguments
-from vigor.commands.train import read_config
+from vigor.commands.job import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -232,7 +232,7 @@ def test_the_environment_is_set_before_torch_is_imported(tmp_path: Path) -> None
     out = python(
         f"""
         import os, sys
-        from vigor.commands.train import read_config
+        from vigor.commands.job import read_config
         argv, config = read_config(["--config", {str(path)!r}, "--seed", "4"])
         assert "torch" not in sys.modules, "torch came first"
         import torch

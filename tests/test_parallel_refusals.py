@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_trainer import trainer
 from models import SAMPLES, padded, qwen2, qwen2_untied
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from vigor.demands import check_policy
 from vigor.gradnorm import UnsupportedModule, fused_grad_norms, sequence_grad_norms
+from vigor.rewards import get
 from vigor.trainer import VigorTrainer
 
 BATCH = padded(SAMPLES)
@@ -118,19 +118,15 @@ def test_what_the_batched_method_cannot_do_is_not_left_to_the_loop() -> None:
         ("head_grad_norm", {"is_fsdp_enabled": True, "version": 2}, "differ in number between processes"),
     ],
 )
-def test_rewards_that_cannot_be_had_sharded_are_refused(
-    reward: str, state: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    made = trainer(tmp_path, reward)
+def test_rewards_that_cannot_be_had_sharded_are_refused(reward: str, state: dict[str, Any], message: str) -> None:
     plugins = SimpleNamespace(
         deepspeed_plugin=SimpleNamespace(zero_stage=3), fsdp_plugin=SimpleNamespace(fsdp_version=state.pop("version"))
     )
     stand_in = SimpleNamespace(
-        _rewards=made._rewards,
         _is_vlm=False,
         accelerator=SimpleNamespace(state=plugins),
         **{"is_fsdp_enabled": False, "is_deepspeed_enabled": False, **state},
     )
-    stand_in._is_zero3 = VigorTrainer._is_zero3.fget(stand_in)
+    stand_in.is_zero3 = VigorTrainer.is_zero3.fget(stand_in)
     with pytest.raises(ValueError, match=message):
-        VigorTrainer._check_policy_rewards(stand_in)
+        check_policy(stand_in, [get(reward)])

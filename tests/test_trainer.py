@@ -28,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vigor import shaping
 from vigor.config import VigorConfig
+from vigor.outside import RewardError
 from vigor.rewards import get
 from vigor.rewards.base import Reward
 from vigor.trainer import VigorTrainer
@@ -529,7 +530,7 @@ def test_a_diverged_policy_stops_the_run_and_names_the_reward(tmp_path: Path, na
 
 def test_a_wrong_number_of_values_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, [fixed([1.0])], completions=DISTINCT)
-    with pytest.raises(ValueError, match="returned 1 rewards, but 8"):
+    with pytest.raises(RewardError, match="gave back 1 values at step 1: expected a list of 8"):
         made.train()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from vigor.ema import EMA, TeacherPlan
+from vigor.rewards.base import TEACHER, Reward
 
 FILE = "teacher.safetensors"
 
@@ -43,6 +45,30 @@ class Teacher(TrainerCallback):
                 f"{folder} holds no {FILE}: the run that wrote it had no teacher. Resume with its own rewards."
             )
         self.ema.load_state_dict(load_file(_path(folder)))
+
+
+def teacher_for(trainer: Any, ours: Sequence[Reward]) -> Teacher | None:
+    """The teacher that a reward asks for, called after each optimizer step; None where no reward asks.
+
+    Raises:
+        ValueError: rewards ask for different ones, or the run cannot sample from one.
+    """
+    plans = {reward.teacher: reward.name for reward in ours if reward.teacher is not None}
+    if not plans:
+        return None
+    names = ", ".join(plans.values())
+    if len(plans) > 1:
+        raise ValueError(f"rewards {names} ask for different teachers; a run has one. Give them the same settings.")
+    if trainer.use_vllm or trainer.tools or trainer._is_vlm or trainer.is_fsdp_enabled or trainer.is_zero3:
+        raise ValueError(
+            f"reward {names!r} samples from a teacher by swapping the policy's weights, which this release does in "
+            "one turn of text with whole parameters only: not with use_vllm, tools, images, FSDP or ZeRO-3."
+        )
+    if TEACHER in (trainer.train_dataset.column_names or []):
+        raise ValueError(f"the data set has a column {TEACHER!r}, which reward {names!r} fills: rename the column.")
+    teacher = Teacher(trainer.accelerator.unwrap_model(trainer.model), next(iter(plans)))
+    trainer.add_callback(teacher)
+    return teacher
 
 
 def fork_generators(device: torch.device) -> Any:

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from vigor import auxiliary, rewards, shaping
 from vigor.config import VigorConfig
 from vigor.data import encode_prompt
+from vigor.demands import POLICY, check_columns, check_names, check_policy
 from vigor.fusion import FUSED_ROW, Fusion
 from vigor.groupmetrics import top_quarter_accuracy, within_group_auc
 from vigor.guard import Guard
@@ -48,16 +48,12 @@ from vigor.rewards.compose import annealed_weights
 from vigor.rollouts import BatchTexts, Rollouts, text_of
 from vigor.samplercheck import check_continuous_batching, check_sampler
 from vigor.signals import PolicyPass
-from vigor.teacher import Teacher, fork_generators
+from vigor.teacher import Teacher, fork_generators, teacher_for
 from vigor.terminal import printable
 from vigor.tokenlog import TokenLog
-from vigor.twins import TwinSampler, check_twins
+from vigor.twins import twin_sampler
 
 AnyReward = str | Reward | Callable[..., Any] | nn.Module
-_POLICY = {"grad_norm", "token_stats", "reference_logps"}
-"""What a reward needs that reads the policy itself."""
-_UNEVEN = ("head_grad_norm",)
-"""Rewards of our own that run the model as often as a process has distinct rows."""
 _TITLE = "Verifier-Free RL for LLMs via Intrinsic Gradient-Norm Reward"
 _CITATION = f"""\
 @article{{wen2026vigor,
@@ -106,10 +102,10 @@ class VigorTrainer(GRPOTrainer):
         self._rewards = {i: reward for i, r in enumerate(listed) if (reward := _ours(r)) is not None}
         bound = [self._bind(self._rewards[i]) if i in self._rewards else self._watch(r) for i, r in enumerate(listed)]
         args = VigorConfig("vigor-run") if args is None else args
-        _check_columns(self._rewards.values(), kwargs.get("train_dataset"))
+        check_columns(self._rewards.values(), kwargs.get("train_dataset"))
         super().__init__(model=model, reward_funcs=bound, args=args, **kwargs)
-        self._check_names()
-        self._check_policy_rewards()
+        check_names(self.reward_func_names)
+        check_policy(self, list(self._rewards.values()))
         check_continuous_batching(self)
         if self.is_fsdp_enabled:  # else generation ends in each process on its own, and gathers of others' wait forever
             for module in self.model.modules():
@@ -118,7 +114,7 @@ class VigorTrainer(GRPOTrainer):
         self.adding = auxiliary.active(self._rewards, self.args.reward_weights, self.args.reward_weights_final)
         auxiliary.check(self, self.adding)
         self._fusion = Fusion(self, list(self._rewards.values()))
-        self._teacher = self._make_teacher()
+        self._teacher = teacher_for(self, list(self._rewards.values()))
         self._guard = Guard(self)
         self._checkpoints = Checkpoints(self)
         self.add_callback(self._checkpoints)
@@ -282,7 +278,7 @@ class VigorTrainer(GRPOTrainer):
                 self._log_completion_extra(f"{reward.name}/score", local.tolist())
                 self._log_metric(f"scores/{reward.name}", local.nanmean().item())
             column = shaped[:, i].view(group)
-            if reward.needs & _POLICY:
+            if reward.needs & POLICY:
                 column = shaping.share_between_identical(column, keys.view(group))
             shaped[:, i] = reward.shape(column).flatten()
         # TRL counts a row as scored as soon as any reward has an opinion; one of weight 0 must not decide that.
@@ -398,29 +394,16 @@ class VigorTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Two wordings of a question stay in one generation batch, where a reward compares them."""
-        self.sampler = self._make_train_sampler(dataset)
+        twins = twin_sampler(self, self.train_dataset if dataset is None else dataset, train=True)
+        self.sampler = super()._get_train_sampler(dataset) if twins is None else twins
         return self.sampler
 
-    def _make_train_sampler(self, dataset: Any) -> Any:
-        data = self.train_dataset if dataset is None else dataset
-        if (column := self._twin_column) is None:
-            return super()._get_train_sampler(dataset)
-        prompts = self.args.generation_batch_size // self.num_generations
-        check_twins(list(data[column]), column, prompts)
-        repeats = self.num_iterations * self.args.steps_per_generation
-        pairs = RepeatSampler(range(len(data) // 2), 1, prompts // 2, repeats, self.shuffle_dataset, self.args.seed)
-        return TwinSampler(pairs, self.num_generations)
-
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if (column := self._twin_column) is None:
-            return super()._get_eval_sampler(eval_dataset)
-        batch = self.args.per_device_eval_batch_size * self.accelerator.num_processes
-        check_twins(list(eval_dataset[column]), column, batch // self.num_generations_eval)
-        pairs = RepeatSampler(range(len(eval_dataset) // 2), 1, seed=self.args.seed)
-        return TwinSampler(pairs, self.num_generations_eval)
+        twins = twin_sampler(self, eval_dataset, train=False)
+        return super()._get_eval_sampler(eval_dataset) if twins is None else twins
 
     @property
-    def _twin_column(self) -> str | None:
+    def twin_column(self) -> str | None:
         """The column that pairs two wordings of a question, where a reward needs both."""
         return next((reward.columns[0] for reward in self._rewards.values() if "twin" in reward.needs), None)
 
@@ -467,25 +450,6 @@ class VigorTrainer(GRPOTrainer):
         if self._teacher is not None and checkpoint is not None:
             self._teacher.load(checkpoint)
 
-    def _make_teacher(self) -> Teacher | None:
-        """The EMA teacher that a reward asks for, called after each optimizer step."""
-        plans = {reward.teacher: reward.name for reward in self._rewards.values() if reward.teacher is not None}
-        if not plans:
-            return None
-        names = ", ".join(plans.values())
-        if len(plans) > 1:
-            raise ValueError(f"rewards {names} ask for different teachers; a run has one. Give them the same settings.")
-        if self.use_vllm or self.tools or self._is_vlm or self.is_fsdp_enabled or self._is_zero3:
-            raise ValueError(
-                f"reward {names!r} samples from a teacher by swapping the policy's weights, which this release does in "
-                "one turn of text with whole parameters only: not with use_vllm, tools, images, FSDP or ZeRO-3."
-            )
-        if TEACHER in (self.train_dataset.column_names or []):
-            raise ValueError(f"the data set has a column {TEACHER!r}, which reward {names!r} fills: rename the column.")
-        teacher = Teacher(self.accelerator.unwrap_model(self.model), next(iter(plans)))
-        self.add_callback(teacher)
-        return teacher
-
     def _get_output_dir(self, trial: Any) -> str:
         return self._checkpoints.folder(os.path.join(super()._get_output_dir(trial), "checkpoints"))
 
@@ -513,37 +477,10 @@ class VigorTrainer(GRPOTrainer):
         """Adds a number to the next log of training metrics."""
         self._metrics["train"][name].append(value)
 
-    def _check_names(self) -> None:
-        names = self.reward_func_names
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"reward_funcs holds {', '.join(repeated)} more than once; their logs would overwrite.")
-
     @property
-    def _is_zero3(self) -> bool:
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed partitions the parameters."""
         return bool(self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
-
-    def _check_policy_rewards(self) -> None:
-        names = [reward.name for reward in self._rewards.values() if reward.needs & _POLICY]
-        uneven = [r.name for r in self._rewards.values() if "reference_logps" in r.needs or r.name in _UNEVEN]
-        if names and self._is_vlm:
-            raise ValueError(
-                f"reward {names[0]!r} scores text; the policy is a vision-language model, and images would be lost."
-            )
-        if names and self._is_zero3:
-            raise ValueError(
-                f"reward {names[0]!r} reads the policy, whose parameters are partitioned by DeepSpeed ZeRO-3: it would "
-                "get the norms of parts. Use FSDP2 (--accelerate_config fsdp2), or ZeRO-1/2."
-            )
-        if names and self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(
-                f"reward {names[0]!r} reads the policy, whose parameters FSDP version 1 merges into flat ones. Use "
-                "version 2 (--accelerate_config fsdp2; in a file of your own, fsdp_version: 2)."
-            )
-        if uneven and self.is_fsdp_enabled:
-            raise ValueError(
-                f"reward {uneven[0]!r} runs forward passes that differ in number between processes, which FSDP's must "
-                "not. Use DDP or ZeRO-1/2."
-            )
 
 
 def _ours(reward: AnyReward) -> Reward | None:
@@ -552,18 +489,6 @@ def _ours(reward: AnyReward) -> Reward | None:
     if isinstance(reward, str) and rewards.is_reward_spec(reward):
         return rewards.get(reward)
     return None
-
-
-def _check_columns(ours: Any, dataset: Any) -> None:
-    columns = dataset.column_names if dataset is not None else None
-    if columns is None:  # a stream need not know its columns
-        return
-    for reward in ours:
-        if missing := [column for column in reward.columns if column not in columns]:
-            raise ValueError(
-                f"reward {reward.name!r} reads the column {missing[0]!r}, but the data set has {', '.join(columns)}. "
-                "Rename the column, or leave this reward out."
-            )
 
 
 def _row_keys(rollouts: Rollouts) -> Tensor:

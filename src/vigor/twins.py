@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler
 
 
 def check_twins(pairs: Sequence[Any], column: str, prompts_a_batch: int) -> None:
@@ -55,3 +56,26 @@ class TwinSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return 2 * self.repeats * len(self.pairs)  # type: ignore[arg-type]  # TRL's has a length
+
+
+def twin_sampler(trainer: Any, data: Any, *, train: bool) -> TwinSampler | None:
+    """The order of the rows where a reward compares twins, else None.
+
+    As in TRL's own sampler a generation batch comes once for each update that is made from it.
+
+    Raises:
+        ValueError: see `check_twins`.
+    """
+    if (column := trainer.twin_column) is None:
+        return None
+    args = trainer.args
+    if not train:
+        batch = args.per_device_eval_batch_size * trainer.accelerator.num_processes
+        check_twins(list(data[column]), column, batch // trainer.num_generations_eval)
+        pairs = RepeatSampler(range(len(data) // 2), 1, seed=args.seed)
+        return TwinSampler(pairs, trainer.num_generations_eval)
+    prompts = args.generation_batch_size // trainer.num_generations
+    check_twins(list(data[column]), column, prompts)
+    repeats = trainer.num_iterations * args.steps_per_generation
+    pairs = RepeatSampler(range(len(data) // 2), 1, prompts // 2, repeats, trainer.shuffle_dataset, args.seed)
+    return TwinSampler(pairs, trainer.num_generations)

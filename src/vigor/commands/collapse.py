@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: something cannot work; the message says what, where and the remedy.
     """
-    from vigor.commands.train import prepare, quiet_third_parties
+    from vigor.commands.job import prepare, quiet_third_parties
     from vigor.probe import collapse
 
     if args.collapse_step < 1 or (args.learning_rate is not None and not args.learning_rate > 0):

@@ -126,7 +126,7 @@ def check_runs(out: Path, plan: Plan) -> None:
     Raises:
         ValueError, OSError: what `vigor train` would say.
     """
-    from vigor.commands.train import prepare, quiet_third_parties
+    from vigor.commands.job import prepare, quiet_third_parties
     from vigor.compare.runs import finished, folder_of
 
     quiet_third_parties()

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if name is None:
         raise ValueError("name the model with --model, or a recipe that does with --config.")
 
-    from vigor.commands.train import quiet_third_parties
+    from vigor.commands.job import quiet_third_parties
     from vigor.planner.search import all_plans, setups
     from vigor.planner.text import as_json, report, server_command, train_flags, work_line
     from vigor.planner.times import ASSUMED
@@ -252,12 +252,12 @@ def _work(args: argparse.Namespace, recipe: dict[str, Any]) -> Work:
 def _model(name: str, rank: int = 0) -> Model:
     from peft import LoraConfig
 
-    from vigor.commands.train import _model_path
+    from vigor.commands.job import model_path
     from vigor.planner.model import read_model
 
     adapter = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     try:
-        return replace(read_model(_model_path(name), peft_config=adapter), name=name)
+        return replace(read_model(model_path(name), peft_config=adapter), name=name)
     except OSError as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"--model {name}: its config.json cannot be read ({first}).") from error

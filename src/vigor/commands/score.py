@@ -125,10 +125,10 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from vigor.commands.train import _model_path
+    from vigor.commands.job import model_path
 
     try:
-        return AutoTokenizer.from_pretrained(_model_path(name))
+        return AutoTokenizer.from_pretrained(model_path(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model_name_or_path {name}: no tokenizer can be loaded from there. Give a folder that holds model and "
@@ -142,10 +142,10 @@ def load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from vigor.commands.train import _model_path
+    from vigor.commands.job import model_path
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(_model_path(args.model_name_or_path), dtype=args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(model_path(args.model_name_or_path), dtype=args.dtype)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
