@@ -19,7 +19,8 @@ from vigor.runfolder import RunFolder
 ATTACK = '<script>alert("x")</script><img src="http://evil.example/x.png">'
 SCORE = {
     "greedy": 0.5, "greedy_interval": [0.4, 0.6], "sampled": 0.25, "sampled_interval": [0.2, 0.3],
-    "n_prompts": 100, "n_samples": 4,
+    "n_prompts": 100, "n_samples": 4, "entropy": 0.3, "repetition": 0.02, "mean_length": 25.0,
+    "pass_at_k": {"1": 0.25}, "majority_at_k": {"1": 0.25},
 }  # fmt: skip
 BETTER = {**SCORE, "greedy": 0.7, "greedy_interval": [0.65, 0.75], "sampled": 0.28, "sampled_interval": [0.22, 0.33]}
 WORSE = {**SCORE, "greedy": 0.1, "greedy_interval": [0.05, 0.15]}

@@ -231,7 +231,7 @@ def test_ids_are_unique(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_or_died_has_a_page(tmp_path: Path) -> None:
     (path,) = seeds(tmp_path, methods=("vigor",), n=1)
     (path / "results.json").unlink()
-    (path / "environment.json").write_text('{"torn')
+    (path / "environment.json").unlink(missing_ok=True)
     (path / "completions" / "completions_00003.parquet").write_bytes(b"PAR1torn")
     write_runs([path], tmp_path / "page.html")
     text = Page((tmp_path / "page.html").read_text("utf-8")).text

@@ -176,12 +176,12 @@ def test_a_cut_run_goes_on_after_its_last_complete_row(model: Path, tmp_path: Pa
         part = PartFile(out, settings(parser_settings), resume=True)
         part.begin()
         part.rows.write_bytes(text[:cut])
-        assert score(model, source, out, *options) == 1, "an unfinished run is not overwritten"
+        assert score(model, source, out, *options) == 2, "an unfinished run is not overwritten"
         assert score(model, source, out, *options, "--resume") == 0
         assert _rounded(lines(out)) == _rounded(lines(whole))
         out.unlink()
     part.begin()
-    assert score(model, source, out, "--signals", "logprob", "--resume") == 1, "other settings"
+    assert score(model, source, out, "--signals", "logprob", "--resume") == 2, "other settings"
 
 
 def test_a_killed_process_loses_and_doubles_nothing(model: Path, tmp_path: Path) -> None:
