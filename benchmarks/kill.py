@@ -117,7 +117,7 @@ def wait_to_kill(children: list[int], writing: Path, rng: random.Random, run_sec
             if writing.is_dir() and not inside:
                 saves -= 1
                 if saves == 0:
-                    time.sleep(rng.uniform(0, save))
+                    time.sleep(rng.choice((0.0, save / 5, save)) * rng.random())  # how long a save takes varies
                     return all(map(alive, children))
             inside = writing.is_dir()
         elif time.monotonic() > deadline:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,28 @@ def refused(root: Path, rank: int) -> dict[str, Any]:
         return {"refused": str(error)}
 
 
+def late(root: Path, rank: int) -> dict[str, Any]:
+    """The second process still writes and renames files of its own when the first has written all of its."""
+    made = make(root / "late", max_steps=1)
+    real = made._save_rng_state
+
+    def slowly(folder: str) -> None:
+        real(folder)
+        for number in range(200 * rank):
+            (Path(folder) / f".tmp-{number}").write_bytes(b"x")
+            time.sleep(0.01)
+            os.replace(Path(folder) / f".tmp-{number}", Path(folder) / f"{number}.bin")
+
+    made._save_rng_state = slowly
+    made.train()
+    return {"late": result(made)}
+
+
 def work(root: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     found: dict[str, Any] = {}
-    for part in (resumed, interrupted, guarded, refused):
+    for part in (resumed, interrupted, guarded, refused, late):
         found.update(part(root, rank))
     torch.save(found, root / f"found-{rank}.pt")
 
@@ -139,6 +157,15 @@ def test_a_checkpoint_holds_both_processes_and_is_whole(ran: Any) -> None:
     assert checkpoint.about(path)["processes"] == 2
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "vigor_state_0.pt", "vigor_state_1.pt"} <= set(files)
+
+
+def test_a_process_that_writes_later_is_waited_for(ran: Any) -> None:
+    """Files are made durable once all have written theirs: a walk would meet names that are renamed under it."""
+    root, found = ran
+    assert [each["late"]["step"] for each in found] == [1, 1]
+    path, _ = checkpoint.newest(root / "late" / "checkpoints")
+    assert path is not None
+    assert {f"{number}.bin" for number in range(200)} <= set(json.loads((path / "manifest.json").read_text())["files"])
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(ran: Any) -> None:

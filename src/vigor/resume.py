@@ -74,6 +74,7 @@ class Checkpoints(TrainerCallback):
             if commits and state.best_global_step == state.global_step:  # the engine saw the folder beside its place
                 state.best_model_checkpoint = str(place / name)
                 state.save_to_json(str(written / "trainer_state.json"))
+            trainer.accelerator.wait_for_everyone()  # writers rename files of their own, and a walk must not miss one
             checkpoint.sync_tree(written)
             trainer.accelerator.wait_for_everyone()
             if commits:
