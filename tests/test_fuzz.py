@@ -305,6 +305,27 @@ def test_no_escape_sequence_of_others_reaches_the_terminal(
     assert not fuzz.CONTROL.search(told.out + told.err)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "typed.yaml"], "--dtype int8: choose auto"),
+        (["--reward_funcs", ".."], "--reward_funcs ..: neither"),
+        (["--reward_funcs", ".f"], "--reward_funcs .f: neither"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0: must be at least 1"),
+        (["--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps=-1: must be at least 1"),
+    ],
+)
+def test_what_ten_thousand_inputs_found(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lab = "prompts: lab:math\nmodel_name_or_path: lab\nuse_cpu: true\n"
+    (tmp_path / "typed.yaml").write_text(lab + "dtype: int8\n")  # the parser checks choices of flags, not of YAML
+    base = [] if "--config" in flags else ["--config", "lab"]
+    assert main(["train", *base, "--dry_run", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_names_in_progress_lines_and_tables_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
     from vigor.commands.methods import table
     from vigor.progress import describe

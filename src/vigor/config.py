@@ -145,6 +145,12 @@ class VigorConfig(GRPOConfig):
                 f"max_completion_length={self.max_completion_length}: give the tokens that a completion may have, at "
                 "least 1."
             )
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
+                  "generation_batch_size", "num_iterations")  # fmt: skip
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1.")
         processes = self.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
         device_batch = processes * self.per_device_train_batch_size
         if self.generation_batch_size is not None:

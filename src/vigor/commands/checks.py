@@ -38,6 +38,11 @@ def reward_of(name: str) -> Any:
     if rewards.is_reward_spec(name) or "." not in name:
         return rewards.get(name)
     module, _, attribute = name.rpartition(".")
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"--reward_funcs {name}: neither one of our rewards (`vigor methods`) nor the dotted path of a function, "
+            "such as my_pkg.rewards.brevity."
+        )
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -80,6 +85,17 @@ def check_rewards(rewards: list[Any], weights: list[float], columns: list[str]) 
                     f"reward {reward.name!r} reads the column {column!r}, but the prompts have {', '.join(columns)}. "
                     "Name it with --answer_column, or leave this reward out."
                 )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuses a --dtype that is no floating-point type of torch's."""
+    import torch
+
+    if dtype in (None, "auto"):
+        return
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"--dtype {dtype}: choose auto, float32, bfloat16 or float16.")
 
 
 def check_length(args: VigorConfig, n_prompts: int, folder: RunFolder, checkpoint: Path | None) -> bool:

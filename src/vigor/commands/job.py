@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from vigor import recipes
 from vigor.commands.arguments import TrainArguments
-from vigor.commands.checks import check_length, check_rewards, resumed_from, reward_name, reward_of, weights_of
+from vigor.commands.checks import (
+    check_dtype,
+    check_length,
+    check_rewards,
+    resumed_from,
+    reward_name,
+    reward_of,
+    weights_of,
+)
 from vigor.commands.settings import check_texts, fit
 from vigor.reading import check, read_settings
 from vigor.terminal import one_screen, printable
@@ -112,6 +120,7 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
             "name the prompts and the model: --prompts FILE --model_name_or_path NAME, or a recipe that does, such as "
             "--config lab."
         )
+    check_dtype(model_args.dtype)
     folder = RunFolder.open(args.output_dir, resume=run.resume)
     checkpoint = resumed_from(folder, args, settings) if run.resume else None
     model = model_path(model_args.model_name_or_path)
