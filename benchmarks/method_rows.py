@@ -52,9 +52,11 @@ def rows_for(method: str, tables: dict[str, Table], content: dict[str, Any], nam
         made.append(f"| {label} | {' | '.join(cells)} |")
     verdicts = {row.method: row.verdict for row in first.rows}
     said = "; ".join(f"{one}, `{trained_with(content['methods'][one])}`: {verdicts[one]}" for one in own)
+    seeds = first.rows[-1].n_seeds
+    spread = "one seed, so nothing is decided" if seeds == 1 else f"mean ± 95 % interval over {seeds} seeds"
     text = (
         f"Accuracy in percent after {content['settings']['max_steps']} steps on `{content['settings']['prompts']}`, "
-        f"sampled at temperature 1 unless it says greedy, mean ± 95 % interval over {first.rows[-1].n_seeds} seeds. "
+        f"sampled at temperature 1 unless it says greedy, {spread}. "
         f"Sampled `{TASKS[0]}`, in points: {said}. [Command, hardware and date](../results/{name}.md)."
     )
     made += ["", *textwrap.wrap(text, 128, break_long_words=False, break_on_hyphens=False)]
