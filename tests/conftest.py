@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
+
 # Before vigor is imported: functions of these modules then check the shapes and dtypes that they declare.
 jaxtyping.install_import_hook(
     ["vigor.gradnorm", "vigor.groupmetrics", "vigor.rollouts", "vigor.shaping", "vigor.signals", "vigor.tokenstats"],
