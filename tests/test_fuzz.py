@@ -312,6 +312,7 @@ def test_no_escape_sequence_of_others_reaches_the_terminal(
         (["--reward_funcs", ".."], "--reward_funcs ..: neither"),
         (["--reward_funcs", ".f"], "--reward_funcs .f: neither"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0: must be at least 1"),
+        (["--max_steps", "1" + 40 * "0"], "questions of the lab, which are all made before the run"),
         (["--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps=-1: must be at least 1"),
     ],
 )

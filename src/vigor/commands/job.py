@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vigor.data import PromptData
     from vigor.runfolder import RunFolder
 
+MOST_LAB_PROMPTS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Job:
@@ -186,7 +188,13 @@ def _prompt_budget(run: TrainArguments, args: VigorConfig, tokenizer: PreTrained
 def _lab_size(args: VigorConfig) -> int:
     """As many prompts as the run reads, so that none repeats; one epoch of 4,096 where max_steps is not set."""
     generations = -(-args.max_steps * args.gradient_accumulation_steps // args.steps_per_generation)
-    return max(generations * args.generation_batch_size // args.num_generations, 1) if args.max_steps > 0 else 4096
+    size = max(generations * args.generation_batch_size // args.num_generations, 1) if args.max_steps > 0 else 4096
+    if size > MOST_LAB_PROMPTS:
+        raise ValueError(
+            f"--max_steps {args.max_steps} takes {size:,} questions of the lab, which are all made before the run; at "
+            f"most {MOST_LAB_PROMPTS:,} are. Lower it, or write the questions to a file and set --num_train_epochs."
+        )
+    return size
 
 
 def default_folder(config: dict[str, Any]) -> str:
