@@ -41,6 +41,17 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def bubblewrap() -> None:
+    """Skips what needs the sandbox where it cannot run."""
+    from vigor.evaluation.sandbox import SandboxUnavailable, check
+
+    try:
+        check()
+    except SandboxUnavailable as reason:
+        pytest.skip(f"no sandbox on this machine: {str(reason)[:300]}")
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data sets."""
     folder = os.environ.get("VIGOR_DATA_DIR")

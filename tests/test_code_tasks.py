@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 import pytest
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from sandbox import ALTERED
+
 from vigor.evaluation import code_tasks
-from vigor.evaluation.sandbox import Limits, Program, Sandbox, SandboxUnavailable, check
+from vigor.evaluation.sandbox import Limits, Program, Sandbox
 from vigor.rewards import get
 from vigor.rollouts import Rollouts
 from vigor.signals import PolicyPass
@@ -65,11 +70,7 @@ ATTEMPTS = [
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        check()
-    except SandboxUnavailable as reason:
-        pytest.skip(f"no sandbox on this machine: {str(reason)[:300]}")
+def sandbox(bubblewrap: None) -> Iterator[Sandbox]:
     with Sandbox(Limits(timeout_s=60.0), jobs=2) as shared:
         yield shared
 
@@ -87,20 +88,6 @@ def test_assertions_find_the_functions_they_call() -> None:
         code_tasks.assertions("", ["assert len([1]) == 1"])
 
 
-def altered(code: str, name: str) -> str:
-    """The same program with each answer of one function made wrong."""
-    return f"""{code}
-def altered_answer(value, made=type({{}})):
-    if isinstance(value, bool): return not value
-    if isinstance(value, (int, float, complex)): return 2 * value + 1
-    if isinstance(value, (str, list, tuple)): return value + type(value)("x")
-    if isinstance(value, dict): return {{**value, "x": 0}}
-    return 0 if not value else None
-right_answer_of_{name} = {name}
-def {name}(*args): return altered_answer(right_answer_of_{name}(*args))
-"""
-
-
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     file = folder / f"{name}.jsonl"
     if not file.exists():
@@ -111,7 +98,7 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_humaneval_references_pass_and_wrong_ones_fail(sandbox: Sandbox, data_dir: Path) -> None:
     found = rows(data_dir, "humaneval")
     right = [code_tasks.humaneval(row, row["answer"]) for row in found]
-    wrong = [code_tasks.humaneval(row, altered(row["answer"], row["entry_point"])) for row in found]
+    wrong = [code_tasks.humaneval(row, ALTERED.format(code=row["answer"], name=row["entry_point"])) for row in found]
     assert code_tasks.solved(sandbox, right + wrong) == [True] * SAMPLE + [False] * SAMPLE
 
 
@@ -119,7 +106,7 @@ def test_mbpp_references_pass_and_wrong_ones_fail(sandbox: Sandbox, data_dir: Pa
     found = rows(data_dir, "mbpp_sanitized")
     right = [code_tasks.mbpp(row, row["answer"]) for row in found]
     wrong = [
-        code_tasks.mbpp(row, altered(row["answer"], programs[0].entry[0]))
+        code_tasks.mbpp(row, ALTERED.format(code=row["answer"], name=programs[0].entry[0]))
         for row, programs in zip(found, right, strict=True)
     ]
     assert code_tasks.solved(sandbox, right + wrong) == [True] * SAMPLE + [False] * SAMPLE

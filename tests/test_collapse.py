@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 import yaml
 
 from vigor.cli import main
-from vigor.probe import collapse
 from vigor.probe.collapse import CollapseError, Point, collapse_step, measure, point, settings
 
 NAN = math.nan
@@ -73,7 +73,7 @@ def test_the_training_is_ended_once_the_collapse_is_seen(tmp_path: Path, monkeyp
         "(folder / 'completions_00008.parquet').write_bytes(b'PAR1')\ntime.sleep(1.5)\n"
         "shutil.copy(here / 'bad', folder / 'completions_00008.parquet')\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr(collapse.sys, "executable", stand_in(tmp_path, body))
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, body))
     said: list[Point] = []
     started = time.monotonic()
     curve = measure({"seed": 0}, tmp_path / "run", say=said.append)
@@ -83,7 +83,7 @@ def test_the_training_is_ended_once_the_collapse_is_seen(tmp_path: Path, monkeyp
 
 
 def test_a_training_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collapse.sys, "executable", stand_in(tmp_path, "sys.exit('out of memory')\n"))
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, "sys.exit('out of memory')\n"))
     with pytest.raises(CollapseError, match=r"status 1: out of memory .*run\.log"):
         measure({}, tmp_path / "run", say=print)
 

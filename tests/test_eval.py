@@ -14,7 +14,6 @@ from vigor.cli import main
 from vigor.evaluation import data, results
 from vigor.evaluation import model as evaluated
 from vigor.evaluation.cache import Generations
-from vigor.evaluation.sandbox import SandboxUnavailable, check
 from vigor.evaluation.suites import BENCHMARKS, SUITES, TRAINING_PROMPT
 
 
@@ -26,14 +25,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_problems(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def _sandbox() -> None:
-    try:
-        check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +39,7 @@ def run(*arguments: object) -> int:
     return main(["eval", *map(str, arguments)])
 
 
-@pytest.mark.usefixtures("_sandbox")
+@pytest.mark.usefixtures("bubblewrap")
 @pytest.mark.parametrize("suite", [suite for suite in SUITES if suite != "lab"])
 def test_a_tiny_model_on_each_suite(suite: str, model: str, problems: Path, tmp_path: Path) -> None:
     flags = ["--suite", suite, "--data_dir", problems, "--output_dir", tmp_path, "--max_new_tokens", 4]

@@ -15,22 +15,14 @@ import pytest
 from helpers_eval import PROBLEMS, evaluate_with, perturbed, right, write_problems, wrong
 
 from vigor.evaluation import data, results
-from vigor.evaluation.sandbox import SandboxUnavailable, check
 
 SAMPLE = 12
 WITH_GOLD = [name for name in PROBLEMS if name != "ifeval"]
 LAB = ["lab:math", "lab:math-hard", "lab:code"]
 
 DATA = os.environ.get(data.VARIABLE)
+pytestmark = pytest.mark.usefixtures("bubblewrap")
 needs_data = pytest.mark.skipif(DATA is None, reason=f"{data.VARIABLE} names no folder with the data sets")
-
-
-@pytest.fixture(autouse=True)
-def _sandbox() -> None:
-    try:
-        check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
 
 
 def shares(content: dict[str, Any], name: str) -> dict[str, float]:

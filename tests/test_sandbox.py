@@ -85,11 +85,7 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        check()
-    except SandboxUnavailable as reason:
-        pytest.skip(f"no sandbox on this machine: {str(reason)[:300]}")
+def sandbox(bubblewrap: None) -> Iterator[Sandbox]:
     with Sandbox(LIMITS, jobs=1) as shared:
         yield shared
 

@@ -55,6 +55,14 @@ def test_only_the_first_completions_are_written(tmp_path: Path) -> None:
     assert counts.max() <= ROWS
 
 
+def test_several_steps_between_two_logs_keep_the_newest_only(tmp_path: Path) -> None:
+    """As TRL's own table of completions does: what a long time between two logs costs in memory is one batch."""
+    trainer(tmp_path, completions=COMPLETIONS, max_steps=4, logging_steps=2, fused="off").train()
+    found, texts = written(tmp_path), pd.read_parquet(tmp_path / "completions")
+    assert sorted(set(found["step"])) == sorted(set(texts["step"])) == [2, 4]
+    assert found.groupby("step").size().to_dict() == texts.groupby("step").size().to_dict()
+
+
 @pytest.mark.parametrize("changes", [{"log_completions": False}, {"truncated": "mask", "completions": [[40, 41]] * 8}])
 def test_nothing_is_written_without_completions(tmp_path: Path, changes: dict[str, Any]) -> None:
     trainer(tmp_path, **{"completions": COMPLETIONS, **changes}).train()

@@ -81,24 +81,20 @@ def _run(argv: Sequence[str] | None) -> int:
         return compare.compare(args, rest)
     if rest:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
-    if args.command == "methods":
-        return methods.methods(args)
-    if args.command == "plan":
-        return plan.plan(args)
-    if args.command == "report":
-        return report.report(args)
-    if args.command == "replay":
-        return replay.replay(args)
-    if args.command == "probe":
-        return probe.probe(args)
-    if args.command == "score":
-        return score.score(args)
-    if args.command == "eval":
-        return evaluation.evaluate(args)
-    return _recipes()
+    run = {
+        "methods": methods.methods,
+        "recipes": _recipes,
+        "plan": plan.plan,
+        "report": report.report,
+        "replay": replay.replay,
+        "probe": probe.probe,
+        "score": score.score,
+        "eval": evaluation.evaluate,
+    }
+    return run[args.command](args)
 
 
-def _recipes() -> int:
+def _recipes(args: argparse.Namespace) -> int:
     from vigor import recipes
 
     methods.table([("recipe", "what it is"), *((name, recipes.summary(name)) for name in recipes.names())])

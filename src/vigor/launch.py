@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vigor.reading import ReadError, read_settings
+
 FLAGS = (
     "accelerate_config", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
     "gpu_ids", "mixed_precision", "rdzv_backend", "rdzv_conf", "num_cpu_threads_per_process", "max_restarts",
@@ -156,15 +158,10 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--accelerate_config {path}: cannot be read as YAML ({error}).") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--accelerate_config {path} must hold a mapping, such as `accelerate config` writes.")
-    return settings
+        return read_settings(path)
+    except (OSError, ReadError) as error:
+        raise ValueError(f"--accelerate_config {path}, such as `accelerate config` writes: {error}") from error
 
 
 def _count(name: str, value: Any) -> int:

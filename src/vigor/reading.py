@@ -86,6 +86,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_value(flag: str, written: str) -> Any:
+    """What a value on the command line says, read as YAML: a number, a truth value, a list, or the text itself.
+
+    Raises:
+        ReadError: it is no YAML.
+    """
+    try:
+        return yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ReadError(f"--{flag} {written!r}: the value cannot be read ({error}).") from error
+
+
 def check(value: Any, shape: Shape, where: str) -> None:
     """Raises ReadError, with the place in the value, if it is not of the shape."""
     if isinstance(shape, list):

@@ -165,6 +165,12 @@ class Row:
     """Where each token stood in the padded batch."""
 
 
+def real_tokens(ids_BL: Int[Tensor, "B L"], mask_BL: Shaped[Tensor, "B L"]) -> list[tuple[int, ...]]:
+    """The tokens of each row that its mask has, as numbers of Python's."""
+    rows = zip(ids_BL.tolist(), mask_BL.tolist(), strict=True)
+    return [tuple(token for token, real in zip(*row, strict=True) if real) for row in rows]
+
+
 def strip_padding(
     input_ids_BL: Int[Tensor, "B L"],
     attention_mask_BL: Shaped[Tensor, "B L"],

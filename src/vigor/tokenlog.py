@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from vigor.rollouts import Rollouts, text_of
+from vigor.rollouts import Rollouts, real_tokens, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class TokenLog(TrainerCallback):
         if not self._on:
             return
         assert rollouts.prompts is not None and rollouts.completions is not None
-        self._expected, budget = {}, TOKENS
+        self._expected, self._found, budget = {}, [], TOKENS  # TRL, too, logs the newest batch's completions only
         rows = zip(prompt_ids, completion_ids, rollouts.prompts, rollouts.completions, strict=True)
         for start, ids, prompt, completion in islice(rows, ROWS):
             budget -= len(ids)
@@ -67,8 +67,8 @@ class TokenLog(TrainerCallback):
         """
         if not self._expected or entropies_BT is None:
             return
-        prompts = _real(inputs["prompt_ids"], inputs["prompt_mask"])
-        completions = _real(inputs["completion_ids"], inputs["completion_mask"])
+        prompts = real_tokens(inputs["prompt_ids"], inputs["prompt_mask"])
+        completions = real_tokens(inputs["completion_ids"], inputs["completion_mask"])
         for i, key in enumerate(zip(prompts, completions, strict=True)):
             if key in self._expected:
                 prompt, completion = self._expected.pop(key)
@@ -118,9 +118,3 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
         found.append(text[len(tokenizer.decode(ids[start:read])) :])
         start, read = read, end
     return found
-
-
-def _real(ids_BL: Tensor, mask_BL: Tensor) -> list[tuple[int, ...]]:
-    """The tokens of each row without its padding."""
-    rows = zip(ids_BL.tolist(), mask_BL.tolist(), strict=True)
-    return [tuple(token for token, real in zip(*row, strict=True) if real) for row in rows]

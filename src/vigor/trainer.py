@@ -45,7 +45,7 @@ from vigor.outside import watched
 from vigor.resume import Checkpoints
 from vigor.rewards.base import TEACHER, Reward, nonfinite, unshaped
 from vigor.rewards.compose import annealed_weights
-from vigor.rollouts import BatchTexts, Rollouts, text_of
+from vigor.rollouts import BatchTexts, Rollouts, real_tokens, text_of
 from vigor.samplercheck import check_continuous_batching, check_sampler
 from vigor.signals import PolicyPass
 from vigor.teacher import Teacher, fork_generators, teacher_for
@@ -493,6 +493,5 @@ def _ours(reward: AnyReward) -> Reward | None:
 
 def _row_keys(rollouts: Rollouts) -> Tensor:
     """(B,) int64: equal for rows with the same tokens; with 64 bits, different rows practically never collide."""
-    tokens = zip(rollouts.input_ids_BL.tolist(), rollouts.attention_mask_BL.tolist(), strict=True)
-    keys = [hash(tuple(t for t, real in zip(ids, mask, strict=True) if real)) for ids, mask in tokens]
+    keys = [hash(row) for row in real_tokens(rollouts.input_ids_BL, rollouts.attention_mask_BL)]
     return torch.tensor(keys, dtype=torch.int64, device=rollouts.input_ids_BL.device)

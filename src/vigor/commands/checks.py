@@ -87,17 +87,6 @@ def check_rewards(rewards: list[Any], weights: list[float], columns: list[str]) 
                 )
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Refuses a --dtype that is no floating-point type of torch's."""
-    import torch
-
-    if dtype in (None, "auto"):
-        return
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"--dtype {dtype}: choose auto, float32, bfloat16 or float16.")
-
-
 def check_length(args: VigorConfig, n_prompts: int, folder: RunFolder, checkpoint: Path | None) -> bool:
     """Refuses runs without a step to do, and returns whether only the end is missing: the model and the report."""
     from vigor.plan import total_steps

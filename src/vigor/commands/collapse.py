@@ -9,10 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vigor import recipes
 from vigor.commands.methods import table
+from vigor.reading import read_settings
 from vigor.terminal import printable, refuse
 
 N_PROMPTS = 32
@@ -47,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is not an empty folder. Name a new one.")
     named = args.config or ("lab" if args.world else None)
-    recipe = yaml.safe_load(recipes.resolve(named).read_text("utf-8")) if named else {}
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {named} must hold a mapping of settings.")
+    recipe = read_settings(recipes.resolve(named)) if named else {}
     n_prompts = args.n_prompts or N_PROMPTS
     chosen = collapse.settings(
         recipe,

@@ -12,8 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
-
+from vigor.reading import read_value
 from vigor.terminal import printable, refuse
 
 if TYPE_CHECKING:
@@ -91,19 +90,12 @@ def read_settings(rest: Sequence[str]) -> dict[str, Any]:
     for part in rest:
         if part.startswith("--"):
             name, has_value, value = part[2:].partition("=")
-            given[name] = [_value(name, value)] if has_value else []
+            given[name] = [read_value(name, value)] if has_value else []
         elif name is None:
             raise ValueError(f"{part!r} stands without a --setting before it.")
         else:
-            given[name].append(_value(name, part))
+            given[name].append(read_value(name, part))
     return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
-
-
-def _value(name: str, written: str) -> Any:
-    try:
-        return yaml.safe_load(written)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"--{name} {written!r}: the value cannot be read ({error}).") from error
 
 
 def describe(plan: Plan, out: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vigor.commands import methods
 from vigor.evaluation.suites import BENCHMARKS, SUITES, TRAINING_PROMPT, EvalError, select
+from vigor.reading import ReadError, read_value
 from vigor.terminal import printable, refuse
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def evaluate(args: argparse.Namespace) -> int:
             _compare(args)
         else:
             _evaluate(args)
-    except (EvalError, OSError, SandboxUnavailable) as error:
+    except (EvalError, ReadError, OSError, SandboxUnavailable) as error:
         return refuse("eval", error)
     return 0
 
@@ -160,14 +161,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:
-    import yaml
-
     pairs = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise EvalError(f"--model_args {text}: give KEY=VALUE.")
-        pairs[name] = yaml.safe_load(value)
+        pairs[name] = read_value("model_args", value)
     return pairs
 
 

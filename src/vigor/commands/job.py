@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from vigor import recipes
 from vigor.commands.arguments import TrainArguments
 from vigor.commands.checks import (
-    check_dtype,
     check_length,
     check_rewards,
     resumed_from,
@@ -122,7 +121,6 @@ def prepare(argv: Sequence[str], config: dict[str, Any]) -> Job:
             "name the prompts and the model: --prompts FILE --model_name_or_path NAME, or a recipe that does, such as "
             "--config lab."
         )
-    check_dtype(model_args.dtype)
     folder = RunFolder.open(args.output_dir, resume=run.resume)
     checkpoint = resumed_from(folder, args, settings) if run.resume else None
     model = model_path(model_args.model_name_or_path)

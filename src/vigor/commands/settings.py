@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterable
+from dataclasses import fields
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,11 +22,14 @@ def fit(config: dict[str, Any], classes: Iterable[type]) -> dict[str, Any]:
     truth value or a choice. Names that no class has are left alone.
 
     Raises:
-        ValueError: a value that its setting cannot take, or a text that no path, token or message can hold.
+        ValueError: a value that its setting cannot take, one that is not among its choices, or a text that no path,
+            token or message can hold.
     """
     hints: dict[str, Any] = {}
+    choices: dict[str, Any] = {}
     for each in classes:
         hints.update(get_type_hints(each))
+        choices.update({field.name: field.metadata.get("choices") for field in fields(each)})
     fitted = {}
     for name, value in config.items():
         try:
@@ -36,6 +40,9 @@ def fit(config: dict[str, Any], classes: Iterable[type]) -> dict[str, Any]:
             raise ValueError(
                 f"{name}: {_shown(value)} is {kind(value)}, expected {_described(hints[name])}."
             ) from error
+        allowed = choices.get(name)
+        if allowed and fitted[name] is not None and fitted[name] not in allowed:
+            raise ValueError(f"--{name} {fitted[name]}: choose {', '.join(map(str, allowed))}.")
     check_texts(fitted)
     return fitted
 

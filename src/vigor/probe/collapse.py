@@ -20,7 +20,6 @@ A step is a batch of fresh completions; `n_prompts` updates are made from it. De
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from vigor.compare.runs import train_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +126,7 @@ def measure(
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     file.write_text(yaml.safe_dump(dict(chosen), sort_keys=False, allow_unicode=True), "utf-8")
-    command = [sys.executable, "-m", "vigor", "train", "--config", str(file), "--output_dir", str(folder)]
+    command = train_command(file, folder, False)
     curve: list[Point] = []
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
