@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from vigor.flops import (
-    MAX_STRIPS,
     MODELS,
     PROJECTIONS,
     Shape,
@@ -97,7 +96,7 @@ def matrix_table(shape: Shape, lengths: Sequence[int]) -> Iterator[str]:
     yield "| matrix | p | q | number | Gram up to T = | " + " | ".join(f"T = {T}: Gram, direct" for T in lengths) + " |"
     yield "|---|" + "---:|" * (4 + len(lengths))
     for m in matrices(shape):
-        last = 2 * m.p * m.q / (m.p + m.q) * MAX_STRIPS / (MAX_STRIPS + 1)
+        last = next(T for T in range(2 * m.p * m.q // (m.p + m.q), 0, -1) if takes_gram(T, m.p, m.q))
         cells = []
         for T in lengths:
             pair = [f"{x / 1e9:.1f}" for x in (gram(T, m.p) + gram(T, m.q), direct(T, m.p, m.q))]

@@ -16,6 +16,8 @@ others.
 
     train        forward and backward of the batch, giving ordinary gradients: what the ratios refer to
     forward      forward and log-probabilities, no gradients
+    inputs       forward, and backward down to the embeddings without any parameter's gradient: what every method that
+                 works on exact output gradients does first, so that none can cost less
     official     as the official code does it: row by row with its padding, all parameters' gradients
     loop         method="loop": row by row without padding
     batched      method="batched"
@@ -143,6 +145,15 @@ def candidates(case: Case) -> dict[str, Callable[[], object]]:
         with torch.no_grad():
             loss(slice(None))
 
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    def inputs() -> None:
+        embeddings = frozen.get_input_embeddings()(ids).requires_grad_()
+        logits = frozen(inputs_embeds=embeddings, attention_mask=attention, use_cache=False).logits[:, :-1]
+        logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        mask = completion[:, 1:]
+        torch.autograd.grad(-((logps * mask).sum(1) / mask.sum(1)).sum(), embeddings)
+
     def official() -> list[torch.Tensor]:
         norms = []
         for b in range(rows):
@@ -212,6 +223,7 @@ def candidates(case: Case) -> dict[str, Callable[[], object]]:
     made: dict[str, Callable[[], object]] = {
         "train": train,
         "forward": forward,
+        "inputs": inputs,
         "official": official,
         "loop": norms("loop"),
         "batched": norms("batched"),

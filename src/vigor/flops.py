@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-STRIP, MAX_STRIPS = 128, 8
-"""As in vigor.gradnorm.squares: rows of a strip at the least, strips at the most."""
+STRIPS = ((64, 4), (128, 8))
+"""As in vigor.gradnorm.squares: (rows of a strip at the least, strips at the most)."""
 PROJECTIONS = 32
 """Random projections a matrix, of the sketch."""
 
@@ -114,7 +114,7 @@ def attention(s: Shape, T: int, *, causal: bool = True) -> float:
 
 def strips(T: int) -> int:
     """In how many strips the lower triangle of a Gram matrix is computed."""
-    return max(1, min(MAX_STRIPS, T // STRIP))
+    return max(1, *(min(most, T // rows) for rows, most in STRIPS))
 
 
 def gram(T: int, d: int) -> float:

@@ -10,6 +10,7 @@ import zlib
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -178,11 +179,12 @@ class Sketch:
         # A CPU generator looks at the low 32 bits of its seed only.
         seed = zlib.crc32(f"{self.seed}/{uses.name}".encode())
         generator = torch.Generator(like.device).manual_seed(seed)
-        # 32 signs of one random number: drawn one by one they cost as much as the projections.
-        words = torch.empty(columns, -(-self.projections // 32), 1, dtype=torch.int64, device=like.device)
-        numbers = words.random_(generator=generator).to(torch.int32)
-        bits = (numbers >> torch.arange(32, dtype=torch.int32, device=like.device)).bitwise_and_(1)
-        return wide(bits.flatten(1)[:, : self.projections].to(like.dtype)).mul_(2).sub_(1)
+        # 32 signs of one random number, 8 looked up at a time: drawn one by one they cost as much as the projections.
+        words_qw = torch.empty(columns, -(-self.projections // 32), dtype=torch.int32, device=like.device)
+        bytes_qb = words_qw.random_(-(2**31), 2**31, generator=generator).view(torch.uint8).int()
+        bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
+        table = wide((2 * bits - 1).to(like.dtype))
+        return F.embedding(bytes_qb, table).flatten(1)[:, : self.projections]
 
     def square(self, projected_Bkp: Tensor) -> Float[Tensor, " B"]:
         """The estimates."""

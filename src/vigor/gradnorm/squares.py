@@ -18,9 +18,9 @@ from torch import Tensor
 
 BLOCK = 1 << 22
 """Largest buffer of the direct form, of an embedding's products and of a cross term, in numbers (16 MiB, float32)."""
-STRIP = 128
-"""Least rows of a strip: below, the product is too small to run at full speed."""
-MAX_STRIPS = 8
+STRIPS = ((64, 4), (128, 8))
+"""(rows, strips): as many strips of at least so many rows, up to so many. Small products run below full speed, which
+short sequences, whose fewest strips save most, can afford."""
 
 
 class GramCache:
@@ -31,7 +31,7 @@ class GramCache:
         self.strips: list[Tensor] = []
 
     def of(self, a_BTp: Float[Tensor, "B T p"]) -> list[Tensor]:
-        """The strips of A Aᵀ, computed unless they are those of the last call."""
+        """The doubled strips of A Aᵀ, computed unless they are those of the last call."""
         last = self.input
         same = (
             last is not None
@@ -41,7 +41,7 @@ class GramCache:
             and last.dtype == a_BTp.dtype
         )
         if not same:
-            self.input, self.strips = a_BTp, _strips(wide(a_BTp))
+            self.input, self.strips = a_BTp, _strips(wide(a_BTp), doubled=True)
         return self.strips
 
     def clear(self) -> None:
@@ -97,30 +97,25 @@ def _blocks(B: int, S: int, T: int) -> Iterator[slice]:
 
 
 def _strip_count(T: int) -> int:
-    return max(1, min(MAX_STRIPS, T // STRIP))
+    return max(1, *(min(most, T // rows) for rows, most in STRIPS))
 
 
-def _strips(x_BTd: Tensor) -> list[Tensor]:
-    """X Xᵀ as strips of its lower triangle: rows r0:r1, columns 0:r1."""
+def _strips(x_BTd: Tensor, *, doubled: bool = False) -> list[Tensor]:
+    """X Xᵀ as strips of its lower triangle: rows r0:r1, columns 0:r1; `doubled` stands for the upper one too."""
     T = x_BTd.shape[1]
     n = _strip_count(T)
     ends = [T * (i + 1) // n for i in range(n)]
-    return [torch.bmm(x_BTd[:, r0:r1], x_BTd[:, :r1].mT) for r0, r1 in zip([0, *ends], ends, strict=False)]
+    strips = [torch.bmm(x_BTd[:, r0:r1], x_BTd[:, :r1].mT) for r0, r1 in zip([0, *ends], ends, strict=False)]
+    if doubled:
+        for r0, strip in zip(ends, strips[1:], strict=False):
+            strip[:, :, :r0] *= 2
+    return strips
 
 
-def _inner(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    """Σ over all (s, t) of the product of two symmetric matrices given as strips."""
-    total: Tensor | None = None
-    for x, y in zip(left, right, strict=True):
-        rows, columns = x.shape[1], x.shape[2]
-        product = x * y
-        # What lies left of the diagonal block stands for its mirror image too.
-        by_row = double(product.sum(-1)).sum(-1)
-        if columns > rows:
-            by_row = by_row + double(product[:, :, : columns - rows].sum(-1)).sum(-1)
-        total = by_row if total is None else total + by_row
-    assert total is not None
-    return total
+def _inner(doubled: list[Tensor], strips: list[Tensor]) -> Tensor:
+    """Σ over all (s, t) of the product of two symmetric matrices given as strips, the first's doubled."""
+    rows_BT = [(x * y).sum(-1) for x, y in zip(doubled, strips, strict=True)]
+    return double(torch.cat(rows_BT, dim=1)).sum(-1)
 
 
 def _direct(a: Tensor, g: Tensor) -> Tensor:
