@@ -95,10 +95,20 @@ static int exists(const char *path) {
     return lstat(path, &found) == 0;
 }
 
+/* Where the folder above is missing, or the name is taken, that is what the kernel says. */
+static int creates(const char *path) {
+    char above[PATH_MAX];
+    strcpy(above, path);
+    char *slash = strrchr(above, '/');
+    if (slash == NULL || slash == above) return 0;
+    *slash = 0;
+    return exists(above) && !exists(path);
+}
+
 /* Opening takes space only where it creates. */
 static int open_fails(int folder, const char *name, int flags) {
     char path[PATH_MAX];
-    if (!armed || !(flags & O_CREAT) || !resolve(folder, name, path) || exists(path)) return 0;
+    if (!armed || !(flags & O_CREAT) || !resolve(folder, name, path) || !creates(path)) return 0;
     return counted("create", path, 0, 0);
 }
 
@@ -234,12 +244,12 @@ SENDFILE(sendfile64, off64_t)
 
 static int name_fails(const char *kind, int folder, const char *name) {
     char path[PATH_MAX];
-    return armed && resolve(folder, name, path) && counted(kind, path, 0, 0);
+    if (!armed || !resolve(folder, name, path) || (strcmp(kind, "rename") != 0 && !creates(path))) return 0;
+    return counted(kind, path, 0, 0);
 }
 
 int mkdir(const char *path, mode_t mode) {
     REAL(int, "mkdir", const char *, mode_t);
-    if (armed && exists(path)) return real(path, mode);
     return name_fails("mkdir", AT_FDCWD, path) ? -1 : real(path, mode);
 }
 

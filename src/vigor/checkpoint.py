@@ -16,12 +16,13 @@ import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vigor.disk import naming
 from vigor.reading import check
 
 MANIFEST = "manifest.json"
@@ -53,15 +54,23 @@ class Rejected:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a file at once: it holds the old text or the new one, after a crash of the machine too."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replaces a file at once: it holds the old content or the new one, after a crash of the machine too.
+
+    Raises OSError, which names the file.
+    """
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -125,6 +134,16 @@ def commit(root: Path, name: str, about: dict[str, Any]) -> Path:
         shutil.rmtree(aside)
     shutil.rmtree(root / WRITING)
     return place
+
+
+def discard(root: Path, name: str) -> None:
+    """Removes what there is of a checkpoint that could not be finished, as far as the disk lets it; one that it was to
+    replace comes back."""
+    shutil.rmtree(root / WRITING, ignore_errors=True)
+    with suppress(OSError):
+        clear(root)
+    if fault(root / name, hashes=False) is not None:
+        shutil.rmtree(root / name, ignore_errors=True)
 
 
 def rotate(root: Path, keep: int | None, best: str | None) -> list[Path]:
@@ -248,17 +267,17 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a+", encoding="utf-8") as stream:
+    with (folder / name).open("ab+", buffering=0) as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             stream.seek(0)
-            holder = stream.read().strip() or "another process"
+            holder = stream.read().decode("utf-8", "replace").strip() or "another process"
             raise LockedError(
                 f"{folder} is being written to by {holder}. Wait until that run ends, stop it, or give this run "
                 "another --output_dir."
             ) from error
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
+        with naming(folder / name):
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

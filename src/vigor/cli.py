@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from vigor import __version__
 from vigor.commands import compare, methods, plan, probe, replay, report, score
 from vigor.commands import eval as evaluation
+from vigor.disk import REFUSALS, STDOUT
 from vigor.terminal import Parser
 
 _EPILOG = """\
@@ -25,27 +27,30 @@ vigor eval lab --suite lab                   benchmarks for a model
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit status (0 done, 1 failed while it ran, 2 refused with a message).
 
-    A reader that has seen enough, such as `head`, ends it with status 1 and without a word.
+    A reader that has seen enough, such as `head`, ends it with status 1 and without a word; a full disk below standard
+    output, with status 1 and a message.
     """
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()  # here, where it can be caught, rather than as Python ends
-    except BrokenPipeError:
-        if not _reader_has_gone():
+    except OSError as error:
+        if error.errno not in {errno.EPIPE, *REFUSALS} or not _output_fails():
             raise
+        if error.errno != errno.EPIPE:
+            print(f"vigor: {STDOUT} cannot be written: {error.strerror}.", file=sys.stderr)
         # What is still buffered goes nowhere when Python flushes it: "Note on SIGPIPE" in the documentation of signal.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
-def _reader_has_gone() -> bool:
-    """Whether it was standard output that nobody reads, and no pipe of the command's own."""
+def _output_fails() -> bool:
+    """Whether it is standard output that takes no more, and no file or pipe of the command's own."""
     try:
-        sys.stdout.write("\n")  # if somebody does read, a traceback follows
+        sys.stdout.write("\n")  # if it does take more, a traceback follows
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         return True
     return False
 

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vigor.checkpoint import write_durably
+from vigor.disk import free_below, naming
 from vigor.resume import portable
 
 REPLAYED = (
@@ -114,8 +115,14 @@ class Guard:
         message = f"step {step}: {why}. The weights are untouched."
         if self.skipped == 0 or stops:  # a dump holds the weights: the first and the last tell enough
             folder = Path(trainer.args.output_dir) / "dumps" / f"step-{step}"
-            self._dump(folder, why, losses, norm)
-            message += f" Weights and batch are in {folder}: `vigor replay {folder}` computes the step again."
+            try:
+                with naming(folder):
+                    self._dump(folder, why, losses, norm)
+                message += f" Weights and batch are in {folder}: `vigor replay {folder}` computes the step again."
+            except OSError as error:
+                shutil.rmtree(_writing(folder), ignore_errors=True)
+                message += f" They could not be written to {error.filename} ({error.strerror}; {free_below(folder)})."
+                stops = stops or trainer.accelerator.num_processes > 1  # others wait for this one within the dump
         if stops:
             left = f" {self.skipped} updates were left out before, as many as allowed." if self.limit else ""
             raise NonFiniteError(
@@ -129,7 +136,7 @@ class Guard:
 
     def _dump(self, folder: Path, why: str, losses: list[float], norm: float) -> None:
         """Writes the dump, all processes together; it gets its name when it is whole."""
-        trainer, writing = self.trainer, folder.with_name(f".{folder.name}")
+        trainer, writing = self.trainer, _writing(folder)
         accelerator = trainer.accelerator
         if trainer.args.should_save:
             shutil.rmtree(writing, ignore_errors=True)
@@ -163,3 +170,8 @@ class Guard:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes a checkpoint's count."""
         self.skipped = state["skipped"]
+
+
+def _writing(folder: Path) -> Path:
+    """Where a dump lies until it is whole."""
+    return folder.with_name(f".{folder.name}")

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vigor.disk import STDOUT, naming
 from vigor.runfolder import RunFolder
 from vigor.terminal import printable
 
@@ -81,7 +82,8 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(line)
         elif state.global_step == 1 or state.global_step % max(1, state.max_steps // SHOWN_LINES) == 0:
-            print(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {line}", flush=True)
+            with naming(STDOUT):
+                print(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {line}", flush=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:

@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from vigor.checkpoint import Rejected, newest, write_durably
+from vigor.disk import naming
 from vigor.reading import NUMBER, check, read_json, read_settings, read_text
 
 LOCK = "run.lock"
@@ -74,7 +75,7 @@ class RunFolder:
                 f"{above} cannot be written to: it is read-only, or belongs to another user. Name a folder elsewhere "
                 "with --output_dir."
             )
-        used = folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir())
+        used = folder.path.is_dir() and any(not _empty(path) for path in folder.path.iterdir())
         if used and not resume:
             raise RunFolderError(
                 f"{path} is not empty. Continue that run with --resume, or start another with a new --output_dir."
@@ -98,8 +99,11 @@ class RunFolder:
         return (self.path / "results.json").is_file() and (self.path / "report.html").is_file()
 
     def start(self, config: dict[str, Any]) -> None:
-        """Makes the folder and writes config.yaml and environment.json."""
+        """Makes the folder and writes config.yaml and environment.json; results and report of a run that goes on are
+        those of its earlier end, and go."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
         write_durably(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self.write_json("environment.json", environment())
 
@@ -130,7 +134,7 @@ class RunFolder:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         path = self.path / "metrics.jsonl"
         torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as stream:
+        with naming(path), path.open("a", encoding="utf-8") as stream:
             stream.write(("\n" if torn else "") + json.dumps(clean, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -155,6 +159,11 @@ class RunFolder:
             check(record, {"step": int, str: (int, float, type(None))}, f"{path}:{number}")
             records[record["step"]] = record
         return [records[step] for step in sorted(records)]
+
+
+def _empty(path: Path) -> bool:
+    """Whether this is nothing that a run wrote: the lock, or a folder that was made for what never came."""
+    return path.name == LOCK or (path.is_dir() and not any(path.iterdir()))
 
 
 def environment() -> dict[str, Any]:

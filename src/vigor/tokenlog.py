@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from vigor.disk import naming
 from vigor.rollouts import Rollouts, real_tokens, text_of
 
 if TYPE_CHECKING:
@@ -94,9 +95,10 @@ class TokenLog(TrainerCallback):
         texts = [("prompt", pa.string()), ("completion", pa.string()), ("tokens", pa.list_(pa.string()))]
         schema = pa.schema([("step", pa.int64()), *texts, ("logps", number), ("entropies", number)])
         rows = [{"step": state.global_step, **row} for row in self._found]
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"tokens_{state.global_step:05d}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+        with naming(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
         self._found = []
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from io import BytesIO
 from pathlib import Path
 
 import yaml
@@ -29,7 +30,9 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def write_report(folder: RunFolder) -> None:
     """Writes curves.png and report.html from what the run folder holds."""
     (run,) = read_runs([folder.path])
-    curves(run.metrics, run.rewards).savefig(folder.path / "curves.png", format="png", dpi=110)
+    picture = BytesIO()
+    curves(run.metrics, run.rewards).savefig(picture, format="png", dpi=110)
+    write_durably(folder.path / "curves.png", picture.getvalue())
     write_durably(folder.path / "report.html", page([run]))
 
 
