@@ -1,13 +1,13 @@
 """One process against two: norms, rewards, advantages and losses under DDP and FSDP2, on CPUs over gloo.
 
-    python benchmarks/parallel.py --out docs/results/parallel.md        about 2 minutes on 2 cores
+    python benchmarks/parallel.py --out docs/results/parallel.md        about 5 minutes on 2 cores
 
 Norms: small models of several families, each sharded in several ways by `torch.distributed.fsdp.fully_shard`, against
-the same model whole. The communication of the reward pass is counted operation by operation, and the memory that the
-norms take is not measured here (gloo on CPUs says nothing about it). Runs: one optimizer step of VigorTrainer on the
-lab's base model, in one process and in two. accelerate shards on accelerators only (accelerate/state.py: its list of
-kinds that FSDP may have leaves CPUs out), so these processes tell it that they have one; sharding, hooks and
-communication are the real ones.
+the same model whole. The communication of the reward pass is counted operation by operation; memory is measured by
+parallel_memory.py, whose table comes last. Runs: one optimizer step of VigorTrainer on the lab's base model, in one
+process and in two; under HSDP in four, two replicas of two parts. accelerate shards on accelerators only
+(accelerate/state.py: its list of kinds that FSDP may have leaves CPUs out), so these processes tell it that they have
+one; sharding, hooks and communication are the real ones.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import parallel_memory
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,8 +130,11 @@ class Communication(TorchDispatchMode):
 
 def shard(model: nn.Module, *, units: str = "layers", **options: Any) -> nn.Module:
     """fully_shard on each decoder layer and the root; "tail": embedding and head apart, as accelerate does."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if sizes := options.pop("replicas_and_parts", None):
+        options["mesh"] = init_device_mesh("cpu", sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
     for module in model.modules():
         if type(module).__name__.endswith(("DecoderLayer", "GPT2Block")):
             fully_shard(module, **options)
@@ -157,6 +161,8 @@ def ways() -> dict[str, dict[str, Any]]:
         "FSDP2, not resharded": {"reshard_after_forward": False},
         "FSDP2, CPU offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "FSDP2, checkpointing": {"units": "tail", "checkpointing": True},
+        "HSDP, 2 replicas": {"units": "tail", "replicas_and_parts": (2, 1)},
+        "HSDP, 2 parts": {"units": "tail", "replicas_and_parts": (1, 2)},
         "FSDP2, bf16 policy": {"units": "tail", "mp_policy": bf16},
     }
 
@@ -203,10 +209,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KL, beta=0.1": {"beta": 0.1},
 }
 
+HSDP = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}  # fmt: skip
+
 
 @contextmanager
-def sharding(on: bool) -> Iterator[None]:
-    """Makes accelerate shard with FSDP2 although the processes have CPUs only."""
+def sharding(on: bool, **changes: str) -> Iterator[None]:
+    """Makes accelerate shard with FSDP2 although the processes have CPUs only; `changes` are of its environment."""
     if not on:
         yield
         return
@@ -214,7 +223,7 @@ def sharding(on: bool) -> Iterator[None]:
 
     settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
                 "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # fmt: skip
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", **changes}  # fmt: skip
     os.environ.update(settings)
     before = PartialState.__init__
 
@@ -311,7 +320,7 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
 
 
 def work(folder: Path) -> None:
-    """What each of the two processes runs: the cases of cases.json."""
+    """What each of the processes runs: the cases of cases.json."""
     import torch.distributed as dist
 
     from vigor.commands.train import leave_process_group
@@ -321,7 +330,7 @@ def work(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     results: dict[str, Any] = {"runs": {}}
     for way, variant in cases["runs"]:
-        with sharding(way == "FSDP2"):
+        with sharding(way != "DDP", **(HSDP if way == "HSDP" else {})):
             results["runs"][f"{way}/{variant}"] = step(folder, f"{way}-{variant}", variant)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -332,16 +341,15 @@ def work(folder: Path) -> None:
 
 
 def measure(folder: Path, norm_cases: list[tuple[str, str]], run_cases: list[tuple[str, str]]) -> dict[str, Any]:
-    """Runs the cases in two processes and their counterparts in this one; differences by case."""
+    """Runs the cases in two processes (HSDP's in four) and their counterparts in this one; differences by case."""
     if run_cases:
         completions(folder)
-    (folder / "cases.json").write_text(json.dumps({"norms": norm_cases, "runs": run_cases}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, "--work", str(folder)], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    results: dict[str, Any] = {"norms": [], "runs": {}}
+    for processes, way_of in ((2, ("DDP", "FSDP2")), (4, ("HSDP",))):
+        cases = {"norms": norm_cases if processes == 2 else [], "runs": [c for c in run_cases if c[0] in way_of]}
+        if any(cases.values()):
+            started = _started(folder, cases, processes)
+            results = {"norms": results["norms"] + started["norms"], "runs": {**results["runs"], **started["runs"]}}
     alone = {variant: step(folder, f"alone-{variant}", variant) for variant in dict.fromkeys(v for _, v in run_cases)}
     runs = [
         {"way": way, "variant": variant, "mode": results["runs"][f"{way}/{variant}"]["mode"][0],
@@ -352,6 +360,18 @@ def measure(folder: Path, norm_cases: list[tuple[str, str]], run_cases: list[tup
         yardstick = differences(alone["full"], alone["bf16"])
         runs.append({"way": "one process", "variant": "bf16 against float32", "mode": "keep", **yardstick})
     return {"norms": results["norms"], "runs": runs}
+
+
+def _started(folder: Path, cases: dict[str, Any], processes: int) -> Any:
+    """What so many processes found."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command += [__file__, "--work", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return json.loads((folder / "results.json").read_text())
 
 
 def table(found: dict[str, Any]) -> str:
@@ -381,15 +401,25 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     norm_cases = [(way, name) for way in ways() for name in MODELS]
-    run_cases = [(way, variant) for way in ("DDP", "FSDP2") for variant in VARIANTS]
+    run_cases = [(way, variant) for way in ("DDP", "FSDP2") for variant in VARIANTS] + [
+        ("HSDP", "full"),
+        ("HSDP", "LoRA"),
+    ]
     with TemporaryDirectory() as folder:
         text = table(measure(Path(folder), norm_cases, run_cases))
+    text += (
+        "\nMB that a pass adds to the shards at rest, two processes, float32, 4 rows of 16 tokens: training is a "
+        "forward and a backward pass, which leaves the gradients' shards; the loop is what the self-check runs for a "
+        "row.\n\n"
+    )
+    text += parallel_memory.table(parallel_memory.measure())
     head = (
         "<!-- made by benchmarks/parallel.py -->\n"
         f"Largest differences between two processes (gloo, CPU) and one, {date.today()}, torch {torch.__version__}, "
         "float32 but where bf16 is named. Norms: relative errors of the batched method and of the loop under sharding, "
         "against the loop on the whole model; collectives of one call with its self-check. Runs: one step on the lab's "
-        "base model; relative for scores, self-certainty and the gradient norm, absolute for the others.\n\n"
+        "base model (HSDP: four processes); relative for scores, self-certainty and the gradient norm, absolute "
+        "for the others.\n\n"
     )
     print(text)
     if args.out:

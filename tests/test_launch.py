@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +36,14 @@ def test_only_the_flags_of_a_launch_go_to_accelerate(tmp_path: Path) -> None:
             "2",
             "--machine-rank",
             "1",
+            "--main_process_ip=node0",
             "--bf16",
             "False",
         ]
     )
     assert asked.argv == ["--config", "lab", "--bf16", "False"]
-    assert asked.flags == ["--config_file", str(mine), "--num_machines", "2", "--machine_rank", "1"]
+    ours = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "node0"]
+    assert asked.flags == ["--config_file", str(mine), *ours]
     assert (asked.processes, asked.machines, asked.zero_stage, asked.shards) == (6, 2, 0, False)
     assert read_launch(["--accelerate_config", "fsdp2", "--num_processes", "4"]).shards
     assert read_launch(["--num_processes", "3"]).config == config_path("multi_gpu")
@@ -61,11 +65,49 @@ def test_processes_are_started_only_when_asked_for(argv: list[str], wanted: bool
         (["--num_processes", "two"], "num_processes two: must be a whole number"),
         (["--num_processes"], "--num_processes needs a value"),
         (["--num_processes", "3", "--num_machines", "2"], "3 / 2 is no whole number"),
+        (["--num_processes", "4", "--num_machines", "2"], r"--main_process_ip.*; --machine_rank, 0 to 1"),
+        (["--num_processes=4", "--num_machines=2", "--machine_rank=2", "--main_process_ip=a"], r"rank 2: .* of 0 to 1"),
+        (["--accelerate_config", "single_gpu", "--num_processes", "2"], "starts one process and not 2"),
     ],
 )
 def test_senseless_launches_are_refused(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_launch(argv)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tp_size": 2, "dp_shard_size": 2}, r"tensor parallelism \(tp_size = 2\).*Let FSDP2 shard instead"),
+        ({"cp_size": 4}, r"context parallelism \(cp_size = 4\)"),
+        ({"sp_size": 4}, r"sequence parallelism \(sp_size = 4\)"),
+        ({"dp_replicate_size": 2, "dp_shard_size": 4}, r"2 × dp_shard_size 4 = 8 processes, and 4 are started"),
+        ({"dp_replicate_size": 4}, r"with FSDP a dp_shard_size of at least 2"),
+        ({"tp_size": "two"}, r"parallelism_config_tp_size two: must be a whole number"),
+    ],
+)
+def test_layers_and_rows_in_parts_are_refused(sizes: dict[str, object], message: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    asked = "".join(f"  parallelism_config_{name}: {size}\n" for name, size in sizes.items())
+    mine.write_text(f"distributed_type: FSDP\nnum_processes: 4\nparallelism_config:\n{asked}")
+    with pytest.raises(ValueError, match=message):
+        read_launch(["--accelerate_config", str(mine)])
+
+
+def test_replicas_of_shards_and_megatron(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    sizes = "parallelism_config:\n  parallelism_config_dp_replicate_size: 2\n  parallelism_config_dp_shard_size: 2\n"
+    mine.write_text("distributed_type: FSDP\nnum_processes: 4\n" + sizes)
+    assert read_launch(["--accelerate_config", str(mine)]).shards
+    mine.write_text("distributed_type: MEGATRON_LM\nnum_processes: 4\n")
+    with pytest.raises(ValueError, match=r"asks for Megatron-LM"):
+        read_launch(["--accelerate_config", str(mine)])
+
+
+def test_machines_without_a_common_folder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    machines = ["--num_processes=4", "--num_machines=2", "--machine_rank=0", "--main_process_ip=node0"]
+    assert train([*machines, "--config", "lab"]) == 2
+    assert "--output_dir one folder that all of them see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
@@ -97,7 +139,7 @@ def flags(tmp_path: Path, **changes: object) -> list[str]:
     ("processes", "changes", "stage", "shards", "message"),
     [
         (3, {}, 0, False, "3 processes × 2 rows"),
-        (2, {}, 3, False, "DeepSpeed ZeRO-3 partitions"),
+        (2, {"reward_funcs": "head_grad_norm"}, 3, False, "ZeRO-3 must not"),
         (2, {}, 0, True, "accelerators only"),
     ],
 )
@@ -118,13 +160,77 @@ def test_the_run_is_checked_as_one_of_its_processes(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_run_from_one_command(tmp_path: Path) -> None:
+# Commands that run ----------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text("utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+
+
+def replaced(text: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert old in text, f"{old!r} is no more in the example of docs/parallel.md"
+        text = text.replace(old, new)
+    return text
+
+
+def cpus(tmp_path: Path) -> Path:
+    """What accelerate starts two processes without a GPU by."""
     config = tmp_path / "cpus.yaml"
     config.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: true\n")
-    command = [sys.executable, "-m", "vigor", "train", "--accelerate_config", str(config), *flags(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    return config
+
+
+def two_have_run(tmp_path: Path, script: str, before: str = "") -> None:
+    """Runs a shell script with this Python's commands first in the path; one run of two processes must come of it."""
+    path = f"{before}{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "environment.json").read_text("utf-8"))
     assert record["processes"] == 2
     assert done.stdout.count("step 1/1") == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_two_processes_run_from_one_command(tmp_path: Path) -> None:
+    two_have_run(tmp_path, shlex.join(["vigor", "train", "--accelerate_config", str(cpus(tmp_path)), *flags(tmp_path)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["accelerate launch", "torchrun"])
+def test_the_documented_launchers_start_two_processes(tmp_path: Path, starter: str) -> None:
+    line = next(line for block in BLOCKS for line in block.splitlines() if line.startswith(starter))
+    changes = {"--config … --output_dir runs/a": shlex.join(flags(tmp_path))}
+    if starter == "torchrun":
+        changes["--nproc_per_node 8"] = f"--nproc_per_node 2 --master_port {free_port()}"
+    else:
+        changes["mine.yaml"] = f"{cpus(tmp_path)} --main_process_port {free_port()}"
+    two_have_run(tmp_path, replaced(line, changes))
+
+
+@pytest.mark.slow
+def test_the_slurm_example_runs_on_two_machines(tmp_path: Path) -> None:
+    """Two launchers on this machine, each taking itself for one of two: srun and scontrol are stood in for."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(
+        '#!/bin/bash\n[ "$*" = "show hostnames here,there" ] && printf "127.0.0.1\\nthere\\n"'
+    )
+    (tools / "srun").write_text(
+        '#!/bin/bash\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" & second=$!\nwait $first && wait $second'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    changes = {
+        "fsdp2 --num_processes 16": f"{cpus(tmp_path)} --num_processes 2",
+        "--main_process_port 29500": f"--main_process_port {free_port()}",
+        "--config my.yaml --output_dir /shared/runs/a": " ".join(flags(tmp_path)),
+    }
+    example = replaced(next(block for block in BLOCKS if "srun" in block), changes)
+    two_have_run(tmp_path, f"export SLURM_JOB_NODELIST=here,there\n{example}", f"{tools}:")

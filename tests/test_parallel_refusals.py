@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
+from helpers_trainer import config, dataset, lab_tokenizer, tiny_model
 from models import SAMPLES, padded, qwen2, qwen2_untied
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers.distributed import DistributedConfig
 
 from vigor.demands import check_policy
 from vigor.gradnorm import UnsupportedModule, fused_grad_norms, sequence_grad_norms
@@ -75,13 +79,6 @@ def test_fsdp_version_1_is_refused() -> None:
         sequence_grad_norms(model, *BATCH)
 
 
-def test_zero_3_is_refused() -> None:
-    model = qwen2()
-    model.model.norm.weight.ds_id = 7  # what DeepSpeed marks a partitioned parameter with
-    with pytest.raises(UnsupportedModule, match=r"model.norm.weight is partitioned by DeepSpeed ZeRO-3.*fsdp2"):
-        sequence_grad_norms(model, *BATCH)
-
-
 def test_whole_gradients_are_refused() -> None:
     model = sharded(qwen2())
     with pytest.raises(ValueError, match=r"fused_grad_norms: the parameters are sharded"):
@@ -111,10 +108,60 @@ def test_what_the_batched_method_cannot_do_is_not_left_to_the_loop() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("TP_SIZE", r"tensor parallelism \(tp_size = 2\).*FSDP2 shard instead"),
+        ("CP_SIZE", r"context parallelism \(cp_size = 2\)"),
+        ("SP_SIZE", r"sequence parallelism \(sp_size = 2\)"),
+        ("DP_SHARD_SIZE", r"dp_replicate_size 1 × dp_shard_size 2 = 2 processes, and 1 are started"),
+    ],
+)
+def test_what_accelerates_environment_splits_is_refused_before_a_model_is_loaded(
+    size: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path)
+
+
+def test_megatron_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(ValueError, match="Megatron-LM, which leaves each process a part"):
+        config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallelism_config": ParallelismConfig(tp_size=2)},
+        {"model_init_kwargs": {"tp_plan": "auto"}},
+        {"model_init_kwargs": '{"tp_size": 2}'},
+        {"model_init_kwargs": {"distributed_config": DistributedConfig(fsdp_size=2)}},
+    ],
+)
+def test_what_the_settings_split_is_refused_before_a_model_is_loaded(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(tp_size|tp_plan|distributed_config).*leaves each process a part"):
+        config(tmp_path, **settings)
+
+
+def test_a_parallelism_of_whole_models_is_accepted(tmp_path: Path) -> None:
+    assert config(tmp_path, parallelism_config=ParallelismConfig()).parallelism_config is not None
+
+
+def test_a_model_in_parts_is_refused_by_the_trainer(tmp_path: Path) -> None:
+    made = tiny_model()
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    parallelize_module(made.model.layers[1].mlp, mesh, {"up_proj": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is in parts already .*let accelerate shard it"):
+        VigorTrainer(made, "random", config(tmp_path), train_dataset=dataset(), processing_class=lab_tokenizer())
+
+
+@pytest.mark.parametrize(
     ("reward", "state", "message"),
     [
         ("vigor", {"is_fsdp_enabled": True, "version": 1}, "FSDP version 1"),
-        ("vigor", {"is_deepspeed_enabled": True, "version": 2}, "ZeRO-3"),
+        ("head_grad_norm", {"is_deepspeed_enabled": True, "version": 2}, "ZeRO-3 must not"),
         ("head_grad_norm", {"is_fsdp_enabled": True, "version": 2}, "differ in number between processes"),
     ],
 )

@@ -106,6 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Spy:
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("log", ["self", "logs", "start_time"]),
         ("_log_completion_extra", ["self", "column", "values"]),
         ("_log_metric", ["self", "name", "value"]),
     ],
@@ -270,7 +271,22 @@ def test_what_is_saved_beside_the_engines_state_has_its_place(trained: Spy) -> N
     assert "self._buffered_inputs[self._step % self.args.steps_per_generation]" in text
 
 
+def test_a_sharded_model_is_prepared_loaded_and_written_by_these() -> None:
+    assert parameters("_prepare_for_training")[1:] == ["max_steps", "train_dataloader", "resume_from_checkpoint"]
+    assert parameters("save_model")[1:] == ["output_dir", "_internal_call"]
+    assert parameters("_save")[1:] == ["output_dir", "state_dict"]
+    assert "_load_from_checkpoint(resume_from_checkpoint, self.model_wrapped)" in source("_prepare_for_training")
+    assert "self.save_model(output_dir, _internal_call=True)" in source("_save_checkpoint")
+    assert '"FULL_STATE_DICT" in str(' in source("save_model"), "save_model may write the whole model by itself now."
+
+
 def test_nothing_of_a_checkpoint_is_unpickled() -> None:
     for method in ("_load_from_checkpoint", "_load_rng_state", "_load_optimizer_and_scheduler"):
         assert "weights_only=False" not in source(method), f"{method} unpickles."
         assert source(method).count("torch.load(") == source(method).count("weights_only=True"), f"{method} unpickles."
+
+
+def test_log_forgets_the_metrics_and_then_writes_the_table_where_completions_are_logged() -> None:
+    text = source("log")
+    cleared, asked = text.find("self._metrics[mode].clear()"), text.find("and self.log_completions:")
+    assert 0 < cleared < asked < text.find(".to_parquet("), "log no longer clears, asks log_completions, and writes."

@@ -10,6 +10,7 @@ from typing import ClassVar, get_args
 import torch
 from trl import GRPOConfig
 
+from vigor.launch import asked_sizes, check_sizes
 from vigor.rewards.compose import Schedule
 
 FUSED = ("auto", "keep", "retain", "off")
@@ -102,6 +103,7 @@ class VigorConfig(GRPOConfig):
         self._check_sampler()
         super().__post_init__()
         self._check_mappings()
+        self._check_parallelism()
         self._check_distribution()
 
     @property
@@ -173,6 +175,21 @@ class VigorConfig(GRPOConfig):
         for name in names:  # the engine reads a text as JSON where it begins with a brace, and keeps any other
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a mapping in YAML, or a JSON object as a flag.")
+
+    def _check_parallelism(self) -> None:
+        switched = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+                    for name in ("FSDP", "MEGATRON_LM")}  # fmt: skip
+        check_sizes(
+            asked_sizes(self.parallelism_config), self.world_size, shards=switched["FSDP"],
+            megatron=switched["MEGATRON_LM"], where="accelerate's parallelism_config",
+        )  # fmt: skip
+        init = self.model_init_kwargs or {}
+        if split := [n for n in ("tp_plan", "tp_size", "distributed_config", "device_mesh") if init.get(n) is not None]:
+            raise ValueError(
+                f"model_init_kwargs: {split[0]} splits the model while it is loaded, which leaves each process a part "
+                "of its layers, and its checkpoints cannot be resumed. Let accelerate shard it: --accelerate_config "
+                "fsdp2."
+            )
 
     def _check_sampler(self) -> None:
         if not self.max_sampler_mismatch > 0:

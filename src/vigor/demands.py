@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch.distributed as dist
+from torch import nn
+
 from vigor.rewards.base import Reward
 
 POLICY = {"grad_norm", "token_stats", "reference_logps"}
@@ -40,6 +43,25 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError(f"reward_funcs holds {', '.join(repeated)} more than once; their logs would overwrite.")
 
 
+def check_whole(model: Any) -> None:
+    """Refuses a model whose parameters are in parts before the trainer has it; names of models pass.
+
+    Raises:
+        ValueError: with the first such parameter.
+    """
+    if not isinstance(model, nn.Module) or not dist.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"the model's {name} is in parts already ({parameter.placements}): sharded when it was loaded "
+                "(DistributedConfig, tp_plan), by fully_shard or by tensor parallelism. Hand over the whole model and "
+                "let accelerate shard it: --accelerate_config fsdp2."
+            )
+
+
 def check_policy(trainer: Any, ours: Sequence[Reward]) -> None:
     """Refuses a policy that some reward cannot read: one with images, or with parameters in parts.
 
@@ -47,23 +69,28 @@ def check_policy(trainer: Any, ours: Sequence[Reward]) -> None:
         ValueError: with the reward, why, and what to use.
     """
     names = [reward.name for reward in ours if reward.needs & POLICY]
-    uneven = [r.name for r in ours if "reference_logps" in r.needs or r.name in UNEVEN]
     if names and trainer._is_vlm:
         raise ValueError(
             f"reward {names[0]!r} scores text; the policy is a vision-language model, and images would be lost."
-        )
-    if names and trainer.is_zero3:
-        raise ValueError(
-            f"reward {names[0]!r} reads the policy, whose parameters are partitioned by DeepSpeed ZeRO-3: it would "
-            "get the norms of parts. Use FSDP2 (--accelerate_config fsdp2), or ZeRO-1/2."
         )
     if names and trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
             f"reward {names[0]!r} reads the policy, whose parameters FSDP version 1 merges into flat ones. Use "
             "version 2 (--accelerate_config fsdp2; in a file of your own, fsdp_version: 2)."
         )
-    if uneven and trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"reward {uneven[0]!r} runs forward passes that differ in number between processes, which FSDP's must "
-            "not. Use DDP or ZeRO-1/2."
-        )
+    if trainer.is_fsdp_enabled or trainer.is_zero3:
+        check_even(ours)
+
+
+def check_even(ours: Iterable[Reward]) -> None:
+    """Refuses rewards for which processes do not run equally many passes, and so cannot gather parameters together.
+
+    Raises:
+        ValueError: with the reward.
+    """
+    for reward in ours:
+        if "reference_logps" in reward.needs or reward.name in UNEVEN:
+            raise ValueError(
+                f"reward {reward.name!r} runs forward passes that differ in number between processes, which those of "
+                "FSDP and ZeRO-3 must not. Use DDP or ZeRO-1/2."
+            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ FLAGS = (
 )  # fmt: skip
 """What `vigor train` hands to accelerate, each with a value; anything else stands in a configuration file."""
 _STARTS = ("accelerate_config", "num_processes", "num_machines")
+_SPLITS = {"tp_size": "tensor parallelism", "cp_size": "context parallelism", "sp_size": "sequence parallelism"}
+_SIZES = ("dp_replicate_size", "dp_shard_size", *_SPLITS)
+_PREFIX = "parallelism_config_"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Launch:
     """For accelerate."""
     argv: list[str]
     """For `vigor train` in each process."""
+    precision: str = "no"
+    """What accelerate has the model compute in: "no" (float32), "bf16", "fp16" or "fp8"."""
 
 
 def wants_launch(argv: Sequence[str]) -> bool:
@@ -69,8 +74,19 @@ def read_launch(argv: Sequence[str]) -> Launch:
     if processes % machines:
         raise ValueError(f"--num_processes {processes} counts those of all --num_machines {machines}: {processes} / "
                          f"{machines} is no whole number.")  # fmt: skip
+    kind = settings.get("distributed_type", "NO")
+    if processes > 1 and (kind == "NO" or (kind == "MULTI_CPU" and not settings.get("mpirun_config"))):
+        raise ValueError(
+            f"--accelerate_config {name} has distributed_type {kind}, with which accelerate starts one process and not "
+            f"{processes}. Use multi_gpu; on CPUs a file with distributed_type: MULTI_GPU and use_cpu: true."
+        )
+    if machines > 1:
+        _check_machines({**settings, **given}, machines, named="machine_rank" in given or name not in config_names())
+    given_sizes = settings.get("parallelism_config") or {}
+    sizes = {size: _count(_PREFIX + size, given_sizes.get(_PREFIX + size, 1)) for size in _SIZES}
+    check_sizes(sizes, processes, shards=kind == "FSDP", megatron=kind == "MEGATRON_LM", where=str(path))
     stage = 0
-    if settings.get("distributed_type") == "DEEPSPEED":
+    if kind == "DEEPSPEED":
         stage = int((settings.get("deepspeed_config") or {}).get("zero_stage", 2))
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
@@ -78,7 +94,60 @@ def read_launch(argv: Sequence[str]) -> Launch:
                 "'vigor-rl[deepspeed]'. FSDP2 shards as much and needs nothing more: --accelerate_config fsdp2."
             )
     flags = ["--config_file", str(path), *(part for key, value in given.items() for part in (f"--{key}", value))]
-    return Launch(path, processes, machines, stage, settings.get("distributed_type") == "FSDP", flags, rest)
+    precision = str(given.get("mixed_precision", settings.get("mixed_precision", "no")))
+    return Launch(path, processes, machines, stage, kind == "FSDP", flags, rest, precision)
+
+
+def _check_machines(asked: Mapping[str, Any], machines: int, *, named: bool) -> None:
+    """Refuses what would leave machines waiting for each other; `named`: somebody has said which of them this is."""
+    missing = []
+    if not asked.get("main_process_ip"):
+        missing.append("--main_process_ip, the address of the first one")
+    if not named and asked.get("rdzv_backend", "static") == "static":
+        missing.append(f"--machine_rank, 0 to {machines - 1} (else each takes itself for the first)")
+    if missing:
+        raise ValueError(f"--num_machines {machines}: give each machine {'; '.join(missing)}.")
+    if str(rank := asked.get("machine_rank", 0)) not in map(str, range(machines)):
+        raise ValueError(f"--machine_rank {rank}: with --num_machines {machines} it is one of 0 to {machines - 1}.")
+
+
+def check_sizes(sizes: Mapping[str, int], processes: int, *, shards: bool, megatron: bool, where: str) -> None:
+    """Refuses layers or rows in parts, and meshes that are not those of the processes, before a model is loaded.
+
+    Args:
+        sizes: of accelerate's `ParallelismConfig`, by the names of its fields.
+        processes: of the run.
+        shards: whether FSDP is on.
+        megatron: whether Megatron-LM is.
+        where: what asks for it.
+
+    Raises:
+        ValueError: tensor, context or sequence parallelism, Megatron-LM, or sizes whose product is not `processes`.
+    """
+    split = [f"{how} ({name} = {sizes[name]})" for name, how in _SPLITS.items() if sizes[name] > 1]
+    if megatron:
+        split.append("Megatron-LM")
+    if split:
+        raise ValueError(
+            f"{where} asks for {', '.join(split)}, which leaves each process a part of the layers or rows: a gradient "
+            "norm is made of sums over them, and each process samples completions of its own. Let FSDP2 shard instead "
+            "(--accelerate_config fsdp2), on several nodes with dp_replicate_size too."
+        )
+    replicas, parts = sizes["dp_replicate_size"], sizes["dp_shard_size"]
+    if replicas * parts > 1 and (replicas * parts != processes or (shards and parts == 1)):
+        raise ValueError(
+            f"{where} asks for dp_replicate_size {replicas} × dp_shard_size {parts} = {replicas * parts} processes, "
+            f"and {processes} are started. Make the product {processes}, with FSDP a dp_shard_size of at least 2."
+        )
+
+
+def asked_sizes(config: Any) -> dict[str, int]:
+    """Sizes of a `ParallelismConfig`; without one, those of the environment, as accelerate reads it."""
+    if config is not None:
+        return {size: getattr(config, size) for size in _SIZES}
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return dict.fromkeys(_SIZES, 1)
+    return {size: int(os.environ.get((_PREFIX + size).upper(), "1")) for size in _SIZES}
 
 
 def config_names() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import IntervalStrategy, TrainerCallback
 
 from vigor import __version__, checkpoint
 from vigor.checkpoint import CheckpointError
+from vigor.disk import free_below, naming
 
 FIXED = (
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations",
@@ -64,28 +66,38 @@ class Checkpoints(TrainerCallback):
         name = f"checkpoint-{state.global_step}"
         commits = trainer.args.should_save
         try:
-            if commits:
-                place.mkdir(parents=True, exist_ok=True)
-                checkpoint.clear(place)
-            trainer.accelerator.wait_for_everyone()
-            self.writing = True
-            write()
-            written = Path(self.folder(root)) / name
-            if commits and state.best_global_step == state.global_step:  # the engine saw the folder beside its place
-                state.best_model_checkpoint = str(place / name)
-                state.save_to_json(str(written / "trainer_state.json"))
-            trainer.accelerator.wait_for_everyone()  # writers rename files of their own, and a walk must not miss one
-            checkpoint.sync_tree(written)
-            trainer.accelerator.wait_for_everyone()
-            if commits:
-                checkpoint.commit(place, name, self._about())
-                best = state.best_model_checkpoint
-                checkpoint.rotate(place, trainer.args.save_total_limit, None if best is None else Path(best).name)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with naming(place / checkpoint.WRITING / name):
+                if commits:
+                    place.mkdir(parents=True, exist_ok=True)
+                    checkpoint.clear(place)
+                trainer.accelerator.wait_for_everyone()
+                self.writing = True
+                write()
+                written = Path(self.folder(root)) / name
+                # The engine saw the folder beside its place.
+                if commits and state.best_global_step == state.global_step:
+                    state.best_model_checkpoint = str(place / name)
+                    state.save_to_json(str(written / "trainer_state.json"))
+                # Writers rename files of their own, and a walk must not miss one.
+                trainer.accelerator.wait_for_everyone()
+                checkpoint.sync_tree(written)
+                trainer.accelerator.wait_for_everyone()
+                if commits:
+                    checkpoint.commit(place, name, self._about())
+                    self._rotate(place)
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             raise self._failed(place, error) from error
         finally:
             self.writing = False
         trainer.accelerator.wait_for_everyone()
+
+    def _rotate(self, place: Path) -> None:
+        """Deletes older checkpoints; that one cannot be deleted is no failure of the new one: it goes with the next."""
+        best = self.trainer.state.best_model_checkpoint
+        try:
+            checkpoint.rotate(place, self.trainer.args.save_total_limit, None if best is None else Path(best).name)
+        except OSError as error:
+            self.trainer.say(f"An older checkpoint could not be deleted: {error}. The next one tries again.")
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -100,6 +112,8 @@ class Checkpoints(TrainerCallback):
         args = {name: getattr(self.trainer.args, name) for name in FIXED}
         args = {name: value if isinstance(value, int | str) else str(value) for name, value in args.items()}
         args["EMA teacher"] = self.trainer._teacher is not None
+        if self.trainer.state_dicts is not None:
+            args["FSDP"] = self.trainer.state_dicts
         if isinstance(data, Dataset):
             args["number of prompts"] = len(data)
             args["prompts (hash)"] = self._hash_of_prompts(data)
@@ -111,15 +125,18 @@ class Checkpoints(TrainerCallback):
             self._hash = hashlib.sha256(repr(list(some["prompt"])).encode()).hexdigest()[:16]
         return self._hash
 
-    def _failed(self, place: Path, error: Exception) -> CheckpointError:
-        shutil.rmtree(place / checkpoint.WRITING, ignore_errors=True)
+    def _failed(self, place: Path, error: BaseException) -> CheckpointError:
+        if isinstance(error, CheckpointException) and error.failures:  # of every process, with tracebacks
+            error = next(iter(error.failures.values()))[0]
+        if self.trainer.args.should_save:
+            checkpoint.discard(place, f"checkpoint-{self.trainer.state.global_step}")
         before = [path.name for path in place.glob("checkpoint-*") if checkpoint.fault(path, hashes=False) is None]
         kept = ", ".join(sorted(before)) or "none"
-        free = f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free" if place.exists() else "no such folder"
+        again = "continue with --resume" if before else "start again with a new --output_dir"
         return CheckpointError(
-            f"the checkpoint of step {self.trainer.state.global_step} could not be written to {place} ({free}): "
-            f"{error}. Whole before it: {kept}. Make room, or keep fewer with --save_total_limit, and continue "
-            "with --resume."
+            f"the checkpoint of step {self.trainer.state.global_step} could not be written to {place} "
+            f"({free_below(place)}): {error}. Whole before it: {kept}. Make space, or keep fewer with "
+            f"--save_total_limit, and {again}."
         )
 
     # Resuming
@@ -141,6 +158,7 @@ class Checkpoints(TrainerCallback):
             try:
                 path, rejected = find(Path(root)) if asked is True else (named(Path(asked)), [])
                 self._refuse_others(path)
+                refuse_code(path)
                 for each in rejected:
                     self.trainer.say(str(each))
                 answer = [str(path), None]
@@ -160,7 +178,7 @@ class Checkpoints(TrainerCallback):
             raise CheckpointError(
                 f"{path} was written with other settings: {', '.join(changed)}. Its place in the prompts and its "
                 "optimizer state would be those of another run. Set them back; or start a new run from its weights, "
-                f"with model_name_or_path={path}."
+                f"with {weights_of(path, 'model_name_or_path=')}."
             )
 
     # What the engine does not save
@@ -185,7 +203,10 @@ class Checkpoints(TrainerCallback):
             next(iter(self.trainer.sampler), None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Says once if the update is computed in another way than before, which rounds differently."""
+        """Has the last step logged, before its checkpoint rather than after; and says once if the update is computed in
+        another way than before, which rounds differently."""
+        if state.global_step >= state.max_steps and args.logging_strategy == IntervalStrategy.STEPS:
+            control.should_log = True
         rung = self.trainer._fusion.rung
         if self._fused is not None and rung is not None and rung.mode != self._fused:
             self.trainer.say(
@@ -261,8 +282,59 @@ def refuse_processes(path: Path, about: dict[str, Any], processes: int) -> None:
             f"{path} was written by {about['processes']} processes, this run has {processes}: each has random "
             "generators, rollouts and a share of the prompts of its own, so that the run would be another one. Resume "
             f"with {about['processes']} processes; or start a new run from its weights, with "
-            f"--model_name_or_path {path}."
+            f"{weights_of(path, '--model_name_or_path ')}."
         )
+
+
+def refuse_code(path: Path) -> None:
+    """Raises CheckpointError if the descriptions of state dicts in parts name anything but torch's plain records.
+
+    torch unpickles these, `*/.metadata`, without asking what they hold.
+    """
+    for file in sorted(path.glob("*/.metadata")):
+        try:
+            with file.open("rb") as stream:
+                _Records(stream).load()
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"{path} cannot be resumed from: {file} is no description of a state dict ({error})."
+            ) from error
+
+
+_RECORDS = {
+    ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+}  # fmt: skip
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
+
+
+class _Records(pickle.Unpickler):
+    """Reads records of torch's and dtypes, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _RECORDS or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+
+def weights_of(path: Path, flag: str) -> str:
+    """How a new run gets the weights of a checkpoint: by the flag, unless FSDP's processes each wrote a part."""
+    parts = path / "pytorch_model_fsdp_0"
+    if not parts.is_dir():
+        return f"{flag}{path}"
+    return f"accelerate merge-weights {parts} NEW, the model's config.json and tokenizer beside them, and {flag}NEW"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

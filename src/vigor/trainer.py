@@ -16,6 +16,10 @@ The algorithm is TRL's; what we override, and what each override relies on:
     _generate_single_turn             (prompt_ids, images, fields, num_generations) -> (ids, logps); also for a teacher
     _get_train_sampler, _get_eval_sampler    RepeatSampler(data_source, mini_repeat_count, batch_size, repeat_count, …)
     _save_optimizer_and_scheduler, _load_optimizer_and_scheduler     with the folder of a checkpoint
+    log                               (logs, start_time) clears _metrics[mode], then writes the table if log_completions
+    save_model                        (output_dir, _internal_call), True for checkpoints; writes no weights where FSDP's
+                                      state dicts are sharded; _save(output_dir, state_dict) does
+    _prepare_for_training             (max_steps, train_dataloader, resume_from_checkpoint) shards and loads the model
 tests/test_trl_contract.py fails loudly when a new TRL changes one of these.
 """
 
@@ -25,6 +29,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +42,13 @@ from trl import GRPOTrainer
 from vigor import auxiliary, rewards, shaping
 from vigor.config import VigorConfig
 from vigor.data import encode_prompt
-from vigor.demands import POLICY, check_columns, check_names, check_policy
+from vigor.demands import POLICY, check_columns, check_names, check_policy, check_whole
+from vigor.disk import STDOUT, naming
 from vigor.fusion import FUSED_ROW, Fusion
 from vigor.groupmetrics import top_quarter_accuracy, within_group_auc
 from vigor.guard import Guard
 from vigor.outside import watched
-from vigor.resume import Checkpoints
+from vigor.resume import Checkpoints, refuse_code
 from vigor.rewards.base import TEACHER, Reward, nonfinite, unshaped
 from vigor.rewards.compose import annealed_weights
 from vigor.rollouts import BatchTexts, Rollouts, real_tokens, text_of
@@ -77,7 +83,7 @@ class VigorTrainer(GRPOTrainer):
 
     Raises:
         ValueError: a reward's data set column is missing, two rewards share a name, or a reward reads the policy and
-            that is a vision-language model, or sharded in a way in which it cannot be read (FSDP1, ZeRO-3).
+            that is a vision-language model, or sharded in a way in which it cannot be read (FSDP1).
         TypeError: `args` is not a `VigorConfig`.
     """
 
@@ -103,6 +109,7 @@ class VigorTrainer(GRPOTrainer):
         bound = [self._bind(self._rewards[i]) if i in self._rewards else self._watch(r) for i, r in enumerate(listed)]
         args = VigorConfig("vigor-run") if args is None else args
         check_columns(self._rewards.values(), kwargs.get("train_dataset"))
+        check_whole(model)
         super().__init__(model=model, reward_funcs=bound, args=args, **kwargs)
         check_names(self.reward_func_names)
         check_policy(self, list(self._rewards.values()))
@@ -418,13 +425,37 @@ class VigorTrainer(GRPOTrainer):
         return super().train(resume_from_checkpoint=path, **kwargs)
 
     def load_weights(self, checkpoint: str) -> None:
-        """Takes the weights of a checkpoint, without its optimizer: for a run that has only its end to do.
+        """Takes the weights of a checkpoint: for a run that has only its end to do.
 
-        Raises NotImplementedError where the weights are sharded.
+        Raises NotImplementedError under DeepSpeed.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise NotImplementedError(f"{checkpoint} holds all steps; its sharded weights are loaded by training only.")
-        self._load_from_checkpoint(checkpoint)
+        if self.is_fsdp_enabled:  # what is sharded is prepared and loaded with its optimizer or not at all
+            refuse_code(Path(checkpoint))
+            self._prepare_for_training(max(self.args.max_steps, 1), self.get_train_dataloader(), checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The engine's metrics and table of completions; what cannot be written is named.
+
+        The summary after the last step comes without a table: the engine would write that of the last log once more,
+        when the last checkpoint is whole and a resumed run would not mend a table cut off.
+        """
+        table = os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.parquet")
+        wanted: bool = self.args.log_completions
+        repeated = "train_runtime" in logs and not self._metrics["train"]
+        self.log_completions = wanted and not repeated
+        with naming(table):
+            super().log(logs, start_time)
+        self.log_completions = wanted
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The engine's; beside the checkpoints the whole model is written where theirs holds it in parts, too."""
+        if self.state_dicts == "SHARDED_STATE_DICT" and not _internal_call:
+            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The engine's checkpoint, written aside and committed as a whole."""
@@ -466,7 +497,8 @@ class VigorTrainer(GRPOTrainer):
     def say(self, text: str) -> None:
         """Prints a line, once for all processes and clear of a progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(printable(text))
+            with naming(STDOUT):
+                tqdm.write(printable(text))
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in generation and in rewards since the last call."""
@@ -476,6 +508,11 @@ class VigorTrainer(GRPOTrainer):
     def record(self, name: str, value: float) -> None:
         """Adds a number to the next log of training metrics."""
         self._metrics["train"][name].append(value)
+
+    @property
+    def state_dicts(self) -> str | None:
+        """How FSDP's checkpoints hold weights and optimizer, by the name of its `StateDictType`; None without FSDP."""
+        return str(self.accelerator.state.fsdp_plugin.state_dict_type.name) if self.is_fsdp_enabled else None
 
     @property
     def is_zero3(self) -> bool:

@@ -135,7 +135,7 @@ def resumed_from(folder: RunFolder, args: VigorConfig, settings: dict[str, Any])
     if path is None:
         raise ValueError(f"--resume: {folder.path / 'checkpoints'} holds no whole checkpoint. Start anew.")
     try:
-        refuse_processes(path, about(path), args.distributed_state.num_processes)
+        refuse_processes(path, about(path), args.world_size)
     except CheckpointError as error:
         raise ValueError(f"--resume: {error}") from error
     if not (folder.path / "config.yaml").is_file():

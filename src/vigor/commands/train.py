@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import gc
+import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vigor.checkpoint import CheckpointError, LockedError, locked
+from vigor.checkpoint import CheckpointError, LockedError, locked, sync_tree
 from vigor.commands.checks import reward_name
 from vigor.commands.job import Job, default_folder, prepare, quiet_third_parties, read_config
-from vigor.launch import Launch, launch, wants_launch
+from vigor.disk import REFUSALS, FullError, free_below, naming, refuse_full
+from vigor.launch import Launch, launch, read_launch, wants_launch
 from vigor.terminal import printable, refuse
 
 if TYPE_CHECKING:
-    pass
-
-_NO_WRITING = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
+    from vigor.runfolder import RunFolder
 
 
 def train(argv: Sequence[str]) -> int:
@@ -47,7 +48,7 @@ def train(argv: Sequence[str]) -> int:
         return 0
     try:
         status = run(job)
-    except (LockedError, RunFolderError) as error:  # taken by another run since it was found free
+    except (FullError, LockedError, RunFolderError) as error:  # taken by another run since it was found free
         status = refuse("train", error)
     except (CheckpointError, FloatingPointError, RewardError) as error:
         status = _stopped(error)
@@ -61,9 +62,9 @@ def train(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         status = 130
     except OSError as error:
-        if error.errno not in _NO_WRITING:
+        if error.errno not in REFUSALS:
             raise
-        status = _stopped(f"{error}. Nothing more can be written there; make room, and continue with --resume.")
+        status = _stopped(_unwritten(error, job.folder))
     leave_process_group()
     return status
 
@@ -76,7 +77,7 @@ def preflight(asked: Launch) -> int:
     try:
         argv, config = read_config(asked.argv)
         from vigor.config import VigorConfig
-        from vigor.demands import POLICY
+        from vigor.demands import check_even
         from vigor.rewards.base import Reward
 
         quiet_third_parties()
@@ -87,11 +88,12 @@ def preflight(asked: Launch) -> int:
                 f"--accelerate_config {asked.config.stem} shards parameters with FSDP, which accelerate does on "
                 "accelerators only; on CPUs each process would silently hold them all. Use multi_gpu."
             )
-        reading = [reward.name for reward in job.rewards if isinstance(reward, Reward) and reward.needs & POLICY]
-        if asked.zero_stage == 3 and reading:
+        if asked.zero_stage == 3:
+            check_even(reward for reward in job.rewards if isinstance(reward, Reward))
+        if asked.zero_stage and asked.precision in ("bf16", "fp16") and not (job.args.bf16 or job.args.fp16):
             raise ValueError(
-                f"reward {reading[0]!r} reads the policy, whose parameters DeepSpeed ZeRO-3 partitions: it would get "
-                "the norms of parts. Use --accelerate_config fsdp2, which shards as much, or zero2."
+                f"--accelerate_config {asked.config.stem} has DeepSpeed compute in {asked.precision}, the run is one "
+                f"in float32. Add --mixed_precision no, or --{asked.precision} true."
             )
     except (OSError, ValueError) as error:
         return refuse("train", error)
@@ -175,6 +177,7 @@ def _run(job: Job) -> int:
         quantization_config=get_quantization_config(job.model_args),
     )
     if trainer.accelerator.is_main_process:
+        refuse_full(folder.path, *_least_bytes(job, trainer))
         folder.start(job.settings)
         if job.data.n_bad_rows:
             print(f"{job.data.n_bad_rows:,} bad rows left out of {printable(job.data.source)}.")
@@ -195,7 +198,7 @@ def _run(job: Job) -> int:
         step = trainer.state.global_step
         trainer.say(f"Stopped after step {step}, which is saved. Continue with --resume --output_dir {folder.path}")
         return exit_status(interrupt.stopped_by)
-    trainer.save_model(str(folder.path / "model"))
+    _save_model(trainer, folder.path / "model")
     after = _lab_scores(job, trainer, "after") if main else {}
     if main:
         folder.write_json("results.json", {"before": before, "after": after})
@@ -203,6 +206,42 @@ def _run(job: Job) -> int:
         print_results(folder)
     trainer.accelerator.wait_for_everyone()
     return 0
+
+
+def _least_bytes(job: Job, trainer: Any) -> tuple[int, str]:
+    """Bytes that are certainly written, and what they are: the trained weights once, and once more in a checkpoint."""
+    adapter = job.model_args.use_peft
+    weights = [p for p in trainer.model.parameters() if p.requires_grad or not adapter]
+    size = sum(p.numel() * p.element_size() for p in weights)
+    if job.checkpoint is None and job.args.save_strategy != "no":
+        return 2 * size, "model/ and one checkpoint"
+    return size, "the weights in model/"
+
+
+def _save_model(trainer: Any, place: Path) -> None:
+    """Writes the trained model, all processes together; it gets its name when it is whole.
+
+    Raises OSError.
+    """
+    written, main = place.with_name(f".{place.name}"), trainer.accelerator.is_main_process
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # not under this name
+    with naming(written):
+        try:
+            if main:
+                shutil.rmtree(written, ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
+            trainer.save_model(str(written))
+            trainer.accelerator.wait_for_everyone()
+            if main:
+                sync_tree(written)
+                shutil.rmtree(place, ignore_errors=True)
+                os.rename(written, place)
+        except Exception:
+            shutil.rmtree(written, ignore_errors=True)
+            raise
+    trainer.args.push_to_hub = push
+    if push:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def leave_process_group() -> None:
@@ -221,7 +260,7 @@ def _lab_scores(job: Job, trainer: Any, when: str) -> dict[str, Any]:
     """Scores of the model on every lab task, where the prompts are the lab's."""
     if not job.run.prompts.startswith("lab:") or job.run.lab_eval_prompts == 0:  # type: ignore[union-attr]
         return {}
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled or trainer.is_zero3:
         print("The model is not scored on the lab: its parameters are sharded, and one process alone does the scoring.")
         return {}
     from vigor.lab.evaluate import evaluate
@@ -242,6 +281,8 @@ def _named(argv: Sequence[str]) -> list[str]:
     rest, config = read_config(argv)
     if "output_dir" in config or any(arg.split("=")[0] == "--output_dir" for arg in rest):
         return list(argv)
+    if (machines := read_launch(rest).machines) > 1:
+        raise ValueError(f"--num_machines {machines}: name with --output_dir one folder that all of them see.")
     return [*argv, "--output_dir", default_folder(config)]
 
 
@@ -251,6 +292,18 @@ def _lost_another(error: RuntimeError) -> bool:
 
     broken = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     return isinstance(error, DistError) or any(text in str(error) for text in broken)
+
+
+def _unwritten(error: OSError, folder: RunFolder) -> str:
+    """What could not be written, why, and how to go on."""
+    whole, _ = folder.last_checkpoint(hashes=False)
+    if whole is None:
+        again = f"start again, with another --output_dir or without {folder.path}: no checkpoint is whole yet"
+    else:
+        again = f"continue with --resume, from {whole.name}"
+    path = error.filename or "a file that the error does not name"
+    free = f" ({free_below(path)})" if os.sep in path else ""
+    return f"{path} cannot be written: {error.strerror}{free}. Make space there, and {again}."
 
 
 def _stopped(error: object) -> int:
