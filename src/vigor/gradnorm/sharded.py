@@ -1,4 +1,4 @@
-"""Sharded: what a pass does differently where FSDP2 (`torch.distributed.fsdp.fully_shard`) shards the parameters.
+"""Sharded: what a pass does differently where FSDP2 (`torch.distributed.fsdp.fully_shard`) or ZeRO-3 shards parameters.
 
 A unit's parameters are gathered when it runs forward, and again when it runs backward, by FSDP's own hooks; in between
 the model holds shards (`DTensor`), and other tensor objects than those that its operations saw. So
@@ -9,16 +9,19 @@ the model holds shards (`DTensor`), and other tensor objects than those that its
     processes       gather together, so all run equally many passes: those with fewer micro-batches repeat one
     the loop        takes each parameter's whole gradient in turn, squares it and drops it (`loop_norm`)
 
+Under DeepSpeed ZeRO-3 the tensor objects stay and only their numbers come and go; partitioned.py gathers them.
+
 No gradient of a parameter is ever formed by the batched method, and the loop's never reaches an AccumulateGrad node, so
 no gradient is communicated: all-gathers of weights only.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vigor.gradnorm.capture import Capture, UnsupportedModule
 from vigor.gradnorm.head import NoDecoder, find_decoder
 from vigor.gradnorm.loop import gradient_norm, row_logps
+from vigor.gradnorm.partitioned import Partition, is_partitioned, is_whole
 from vigor.rollouts import Row
 
 Slot = tuple[nn.Module, str, nn.Parameter]
@@ -35,13 +39,13 @@ Slot = tuple[nn.Module, str, nn.Parameter]
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP, whose own forward waits for gradients that never come.
+    """The model inside DDP or DeepSpeed's engine, whose own forward waits for gradients that never come.
 
     Raises:
-        UnsupportedModule: FSDP1, or parameters that DeepSpeed ZeRO-3 has partitioned.
+        UnsupportedModule: FSDP1.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    if isinstance(model, DistributedDataParallel) or _is_engine(model):
+        model = cast(nn.Module, model.module)
     if dist.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -51,17 +55,15 @@ def inner_model(model: nn.Module) -> nn.Module:
                     f"gradient norm: {name or 'the model'} is sharded by FSDP version 1, which merges parameters into "
                     "flat ones. Use version 2 (fully_shard; in accelerate, fsdp_version: 2)."
                 )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise UnsupportedModule(
-                f"gradient norm: {name} is partitioned by DeepSpeed ZeRO-3, which hides whole weights from what is not "
-                "its own. Use FSDP2, which shards as much (--accelerate_config fsdp2), or ZeRO-2."
-            )
     return model
 
 
+def _is_engine(model: nn.Module) -> bool:
+    return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
+
+
 def sharding_of(model: nn.Module) -> Sharding | None:
-    """How FSDP2 shards the model; None where it does not.
+    """How FSDP2 or ZeRO-3 shards the model; None where neither does.
 
     Raises:
         UnsupportedModule: parameters are sharded in another way (tensor parallelism), or the root is no unit of FSDP's.
@@ -71,6 +73,8 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    if any(is_partitioned(p) for p in model.parameters()):
+        return Sharding(model)
     sharded = next(((name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if sharded is None and not units:
@@ -85,28 +89,37 @@ def sharding_of(model: nn.Module) -> Sharding | None:
 
 
 class Sharding:
-    """A model that FSDP2 shards, and the processes that gather its parameters together."""
+    """A model that FSDP2 or ZeRO-3 shards, and the processes that gather its parameters together."""
 
     def __init__(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
 
         self.model = model
+        self.slots: dict[nn.Module, list[Slot]] = {}
+        self.names: dict[int, str] = {}
+        self.dtype: torch.dtype | None = None
+        """What the units compute in, where a mixed-precision policy says so."""
+        self.partition: Partition | None = None
+        if any(is_partitioned(p) for p in model.parameters()):
+            self.partition = Partition(model)
+            self.group: dist.ProcessGroup | None = self.partition.group
+            self.units = {model, *self.partition.units}
+            return
         try:
             decoder: nn.Module | None = find_decoder(model)
         except NoDecoder:
             decoder = None
         inside = set() if decoder is None else set(decoder.modules()) - {decoder}
         self.outer: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule) and m not in inside]
-        self.slots: dict[nn.Module, list[Slot]] = {}
-        self.names: dict[int, str] = {}
+        self.units = {module for module in model.modules() if isinstance(module, FSDPModule)}
+        """Modules whose parameters are whole together."""
         meshes = [p for p in model.parameters() if isinstance(p, DTensor)]
-        self.group: dist.ProcessGroup | None = None
+        self.group = None
         for parameter in meshes[:1]:
             dim = next((i for i, placement in enumerate(parameter.placements) if placement.is_shard()), 0)
             self.group = parameter.device_mesh.get_group(dim)
-        self.dtype: torch.dtype | None = self.outer[0]._get_fsdp_state()._mp_policy.param_dtype
-        """What the units compute in, where a mixed-precision policy says so."""
+        self.dtype = self.outer[0]._get_fsdp_state()._mp_policy.param_dtype
 
     def most(self, count: int, device: torch.device) -> int:
         """The largest of the processes' counts."""
@@ -125,6 +138,10 @@ class Sharding:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Gathers the outer units, and keeps them so until the end."""
+        if self.partition is not None:
+            with self.partition.held():
+                yield
+            return
         state = self.outer[0]._get_fsdp_state()
         state._lazy_init()  # the root's first forward pass would do it, and set anew what is set here
         groups = {id(g): g for unit in self.outer if (g := unit._get_fsdp_state()._fsdp_param_group) is not None}
@@ -154,13 +171,11 @@ class Sharding:
         Raises:
             UnsupportedModule: one of the module's own is still a shard although the module runs.
         """
-        from torch.distributed.tensor import DTensor
-
         whole = []
         for owner, attribute, parameter in slots:
             current = owner._parameters[attribute]
             assert current is not None
-            if isinstance(current, DTensor):
+            if _is_shard(current):
                 if owner is module:
                     raise self._elsewhere(parameter, current)
                 continue
@@ -174,6 +189,11 @@ class Sharding:
         return whole
 
     def _elsewhere(self, parameter: nn.Parameter, current: Any) -> UnsupportedModule:
+        if self.partition is not None:
+            return UnsupportedModule(
+                f"gradient norm: {self.names[id(parameter)]} is partitioned by ZeRO-3, and was not gathered when its "
+                "module ran: the layer around it was not called as a module. Shard with FSDP2 instead."
+            )
         return UnsupportedModule(
             f"gradient norm: {self.names[id(parameter)]} is sharded in another way than by FSDP2 "
             f"({current.placements}): tensor parallelism splits the sums that a norm is made of."
@@ -201,13 +221,11 @@ class Sharding:
     @contextmanager
     def _probed(self, anchor: Tensor, squares: list[Tensor]) -> Iterator[None]:
         """For a while, each unit's chosen parameters are stood for by tensors whose gradient is squared and dropped."""
-        from torch.distributed.fsdp import FSDPModule
-
         probes: dict[int, Tensor] = {}
         had: dict[nn.Module, Any] = {}
         try:
             for unit in self.model.modules():
-                if slots := self.reach(unit, isinstance(unit, FSDPModule)):
+                if slots := self.reach(unit, unit in self.units):
                     had[unit] = unit.__dict__.get("forward")
                     probe = partial(_probe, anchor, squares)
                     unit.__dict__["forward"] = partial(self._run_probed, unit, unit.forward, slots, probes, probe)
@@ -229,27 +247,35 @@ class Sharding:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        from torch.distributed.tensor import DTensor
-
         shadowed = []
         for owner, attribute, parameter in slots:
             if attribute in owner.__dict__:  # a unit around has done it
                 continue
             current = owner._parameters[attribute]
             assert current is not None
-            if isinstance(current, DTensor):  # of a unit inside
+            if _is_shard(current):  # of a unit inside
                 if owner is unit:
                     raise self._elsewhere(parameter, current)
                 continue
             if id(current) not in probes:
                 probes[id(current)] = probe(current.detach())
+            elif self.partition is not None:
+                probes[id(current)].data = current.data
             owner.__dict__[attribute] = probes[id(current)]  # found before nn.Module looks among its parameters
             shadowed.append((owner, attribute))
         try:
             return forward(*args, **kwargs)
         finally:
             for owner, attribute in shadowed:
+                if self.partition is not None and id(owner._parameters[attribute]) in self.partition.inner:
+                    owner.__dict__[attribute].data = owner.__dict__[attribute].new_empty(0)  # the next unit's turn
                 del owner.__dict__[attribute]
+
+
+def _is_shard(parameter: nn.Parameter) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return not is_whole(parameter) if is_partitioned(parameter) else isinstance(parameter, DTensor)
 
 
 def _probe(anchor: Tensor, squares: list[Tensor], parameter: Tensor) -> Tensor:
@@ -263,7 +289,8 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, anchor: Tensor, squares: list[Tensor]) -> Tensor:
         ctx.squares = squares
-        return parameter.view_as(parameter)
+        probe: Tensor = torch.ops.aten._unsafe_view.default(parameter, parameter.shape)  # a view would hold its base
+        return probe
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
