@@ -61,6 +61,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"num_hidden_layers": 6, "layer_types": ["mamba", "hybrid", "mamba"] * 2},
+    "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8,
+               "mamba_headdim": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "chunk_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
                     "num_kv_shared_layers": 0, "num_global_key_value_heads": 2},
@@ -73,7 +75,23 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What single configurations need besides, or instead."""
 
+VISION: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "out_hidden_size", "projection_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "vision_output_dim", "image_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "encoder_layers", "depth", "mlp_ratio"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 4),
+    "patch_size": 16, "num_channels": 3,
+}  # fmt: skip
+"""Given to the other parts of a multimodal model, which take no part in the norm of a text."""
+MULTIMODAL = ("idefics3", "internvl", "llava", "llava_next", "mistral3", "paligemma", "qwen3_vl", "qwen3_vl_moe",
+              "smolvlm")  # fmt: skip
+"""Image-text models that are run besides, on text only; others are among the causal language models."""
+TEXTS = ("text", "decoder", "llm", "language")
+"""What the name of a text part's configuration holds."""
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+VIRTUAL = {"task_type": "CAUSAL_LM"}
+"""Virtual tokens have no target modules."""
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 4}),
     "rslora": ("LoraConfig", {"r": 4, "use_rslora": True}),
@@ -91,47 +109,75 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hra": ("HRAConfig", {"r": 4}),
     "oft": ("OFTConfig", {"r": 4, "oft_block_size": 0, "target_modules": ["q_proj"]}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 10}),
+    "pissa": ("LoraConfig", {"r": 4, "init_lora_weights": "pissa"}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4, "target_modules": ["q_proj"]}),
+    "miss": ("MissConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "vblora": ("VBLoRAConfig", {"r": 4, "num_vectors": 16, "vector_length": 8, "target_modules": ["q_proj"]}),
+    "randlora": ("RandLoraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
+    "road": ("RoadConfig", {"group_size": 4, "target_modules": ["q_proj"]}),
+    "delora": ("DeloraConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "gralora": ("GraloraConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "shira": ("ShiraConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "osf": ("OSFConfig", {"target_modules": ["q_proj"]}),
+    "prompt tuning": ("PromptTuningConfig", {**VIRTUAL, "num_virtual_tokens": 3}),
+    "p-tuning": ("PromptEncoderConfig", {**VIRTUAL, "num_virtual_tokens": 3, "encoder_hidden_size": 8}),
+    "prefix tuning": ("PrefixTuningConfig", {**VIRTUAL, "num_virtual_tokens": 3}),
     "layer norms": ("LNTuningConfig", {"target_modules": None}),
 }
 
 
-def configuration(kind: str) -> Any:
-    """The tiny configuration of a model type, of its text part where it has several."""
+def configuration(kind: str, *, whole: bool = False) -> Any:
+    """The tiny configuration of a model type, of its text part where it has several, unless `whole` is asked for."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[kind]
     default = cls()
-    if "text_config" in default.to_dict():
+    if "text_config" in default.to_dict() and not whole:
         default = default.get_text_config()
-        cls = type(default)
-    values = default.to_dict()
+    return _tiny(default, kind, SIZES)
+
+
+def _tiny(default: Any, kind: str, given: dict[str, Any]) -> Any:
+    cls, values = type(default), default.to_dict()
     names = set(values) | set(cls.attribute_map)
-    sizes = {k: v for k, v in SIZES.items() if k in names and not isinstance(values.get(k), list | dict)}
-    if values.get("sliding_window", 1) is None:
+    parts = {name: part for name in cls.sub_configs if (part := getattr(default, name, None)) is not None}
+    sizes = {k: v for k, v in given.items() if k in names and not isinstance(values.get(k), list | dict)}
+    if "sliding_window" in sizes and values.get("sliding_window", 1) is None:
         del sizes["sliding_window"]
-    return cls(**{**sizes, **CHANGES.get(kind, {})})
+    tokens = {name: VOCABULARY - 1 for name in names if name.endswith(("_token_id", "_token_index")) and parts}
+    inner = {
+        name: _tiny(part, part.model_type, SIZES if any(t in name for t in TEXTS) else VISION).to_dict()
+        for name, part in parts.items()
+    }
+    return cls(**{**tokens, **sizes, **CHANGES.get(kind, {}), **inner})
 
 
 def build(kind: str) -> Any:
     """A tiny model, or Qwen2 with an adapter, its weights moved so that no gradient vanishes by initialisation."""
     import torch
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     torch.manual_seed(0)
     if kind in ADAPTERS:
         import peft
 
         name, options = ADAPTERS[kind]
+        targets = {} if "task_type" in options else {"target_modules": TARGETS}
         base = transformers.Qwen2ForCausalLM(configuration("qwen2"))
-        model = peft.get_peft_model(base, getattr(peft, name)(**{"target_modules": TARGETS, **options}))
+        model = peft.get_peft_model(base, getattr(peft, name)(**{**targets, **options}))
     else:
-        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+        multimodal = kind in MULTIMODAL
+        names = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[kind]
         cls = getattr(transformers, names if isinstance(names, str) else names[0])
-        config = configuration(kind)
+        config = configuration(kind, whole=cls.config_class is CONFIG_MAPPING[kind])
         with torch.device("meta"):
             numbers = sum(p.numel() for p in cls(config).parameters())
-        if numbers > 4_000_000:
+        if numbers > 8_000_000:
             raise ValueError(f"{numbers} parameters even with the smallest sizes known here")
         model = cls(config)
     generator = torch.Generator().manual_seed(0)
@@ -273,9 +319,9 @@ def page(results: list[dict[str, Any]], command: str, each: bool) -> str:
         f"Output of `{command}` on {date.today()}: transformers {transformers.__version__}, peft {peft.__version__}, "
         f"torch {torch.__version__}, {platform.machine()} CPU, one thread, float32, seed 0.",
         "",
-        "Tiny random models of every causal language model type of transformers, and Qwen2 with adapters of PEFT, "
-        "score one batch of six rows (padded on both sides) with the batched method and with the loop. *error* is the "
-        "largest relative difference of a row's norm"
+        "Tiny random models of every causal language model type of transformers, image-text models given text only, "
+        "and Qwen2 with adapters of PEFT, score one batch of six rows (padded on both sides) with "
+        "the batched method and with the loop. *error* is the largest relative difference of a row's norm"
         + (", or of the part of it that belongs to any one module" if each else "")
         + '. A refusal names the module; `method="auto"` then takes the loop. *copies* names the matrices that are '
         "used in more than linear maps and embeddings: they are held once a sequence, and refused where that exceeds "
@@ -317,7 +363,7 @@ def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     results = []
-    for kind in options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ADAPTERS]:
+    for kind in options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL, *ADAPTERS]:
         results.append(apart(score, kind, options.each))
         print(json.dumps(results[-1]), flush=True)
     if options.out:

@@ -345,9 +345,9 @@ def test_the_self_check_runs_once_a_model_and_choice() -> None:
     model.get_input_embeddings().register_forward_pre_hook(lambda m, args: shapes.append(tuple(args[0].shape)))
     sequence_grad_norms(model, *batch(), method="batched")
     sequence_grad_norms(model, *batch(), method="batched")
-    assert shapes == [(5, 22), (1, 13), (5, 22)]
+    assert shapes == [(5, 22), (1, 22), (1, 13), (5, 22)]  # the longest and the shortest row
     sequence_grad_norms(model, *batch(), method="batched", parameters="last_1")
-    assert shapes[3:] == [(5, 22), (1, 13)]
+    assert shapes[4:] == [(5, 22), (1, 22), (1, 13)]
 
 
 def test_a_row_alone_does_not_settle_the_self_check() -> None:
@@ -379,9 +379,9 @@ def test_the_self_check_waits_for_a_row_that_is_not_certain() -> None:
         model.lm_head.bias.zero_()
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
     sequence_grad_norms(model, *batch())
-    assert len(calls) == 2  # the pass, and the row that is compared now
+    assert len(calls) == 3  # the pass, and the rows that are compared now
     sequence_grad_norms(model, *batch())
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ def test_vigor_variants_share_the_norms_of_one_pass() -> None:
     for spec in ("vigor", "vigor(ties=index)", "self_certainty", "vigor(parameters=trainable)"):
         get(spec)(rollouts, policy)
     lengths = sorted(rollouts.attention_mask_BL.sum(1).tolist())
-    # One batched pass over all rows for the norms, its self-check on the shortest, one pass for the statistics.
-    assert shapes == [(4, lengths[-1]), (1, lengths[0]), (4, lengths[-1])]
+    # One batched pass over all rows for the norms, its self-check on two, one pass for the statistics.
+    assert shapes == [(4, lengths[-1]), (1, lengths[-1]), (1, lengths[0]), (4, lengths[-1])]
 
 
 # Random -------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_another_norm_does_not_bring_the_statistics_and_is_not_computed_twice() 
             model.model.layers[0].register_forward_pre_hook(lambda module, args, seen=shapes: seen.append(1))
             for reward in rewards:
                 reward(rollouts, policy)
-            assert len(shapes) == 3  # norms, their self-check, statistics
+            assert len(shapes) == 4  # norms, their self-check on two rows, statistics
 
 
 def test_a_reward_on_a_shared_pass_scores_as_it_does_alone() -> None:

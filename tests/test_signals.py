@@ -256,12 +256,12 @@ def test_the_pass_computes_each_quantity_once_and_only_on_use() -> None:
         assert set(policy.token_stats().values) == {"logps", "entropy", "self_certainty", "margin", "rank"}
         assert len(shapes) == 2  # not known ahead: a pass of its own
         assert policy.grad_norms() is policy.grad_norms("trainable", temperature=1.0)
-        assert shapes[2:] == [(5, 8), (1, 6)]  # one batched pass, and its self-check on the shortest row
+        assert shapes[2:] == [(5, 8), (1, 8), (1, 6)]  # one batched pass, and its self-check on two rows
         policy.grad_norms("head")
         policy.grad_norms(temperature=0.5)
-        assert shapes[4:] == [(5, 8), (1, 6), (5, 8)]
+        assert shapes[5:] == [(5, 8), (1, 8), (1, 6), (5, 8)]
         policy.grad_norms(accumulation="gradient_dtype")
-        assert len(shapes) == 7 + len(SAMPLES)  # whole gradients take the loop
+        assert len(shapes) == 9 + len(SAMPLES)  # whole gradients take the loop
 
 
 def test_what_is_declared_is_computed_together() -> None:
@@ -276,7 +276,8 @@ def test_what_is_declared_is_computed_together() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_statistics_come_from_the_forward_of_the_norms(temperature: float) -> None:
     model, needs = qwen2(), {"grad_norm", "full_norm", "token_stats", *STATISTICS}
-    policy_pass(model).grad_norms()  # the self-check, once a model
+    with decoded(model):
+        policy_pass(model).grad_norms()  # the self-check, once a model and its hooks
     for prepared in (True, False):
         policy = policy_pass(model, temperature=temperature, needs=needs)
         with decoded(model) as shapes:

@@ -93,7 +93,7 @@ def test_a_step_runs_the_decoder_once(tmp_path: Path, capsys: pytest.CaptureFixt
     calls: list[int] = []
     made.model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.append(1))
     made.train()
-    assert len(calls) == 2  # one for all rows; one for the self-check's row, the first time only
+    assert len(calls) == 3  # one for all rows; two for the self-check's rows, the first time only
     assert "fused update: keep (one forward and one backward a step; holds about" in capsys.readouterr().out
 
 

@@ -5,6 +5,9 @@ Needs torch and a causal language model that maps `(input_ids, attention_mask)` 
     api.py         sequence_grad_norms: the entry point
     fused.py       fused_grad_norms: the norms, and the update from the same pass
     engine.py      which method runs on which rows, the self-check, falling back
+    verdicts.py    which micro-batches the self-check compares
+    diagnosis.py   which module a failed one names
+    lengths.py     rows that may not share a micro-batch
     packed.py      rows that hold several sequences, taken apart
     loop.py        the definition: one row, one forward, one backward
     batched.py     one forward and one backward for many rows, no parameter gradient
@@ -15,6 +18,7 @@ Needs torch and a causal language model that maps `(input_ids, attention_mask)` 
     matrices.py    linear maps, experts and embeddings
     maps.py        the autograd functions that these become
     values.py      what is known of tensors that stem from parameters
+    constants.py   tensors that do not depend on the batch
     tokens.py      which sequence a picked token belongs to
     capture.py     what a routed backward pass brings
     norms.py       squared norms of matrices: exact, or estimated by a sketch

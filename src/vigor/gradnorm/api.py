@@ -67,8 +67,9 @@ def sequence_grad_norms(
         accumulation: "float32" squares in float32 and sums in float64; "gradient_dtype" squares, sums and takes the
             root in the gradient's own dtype, as the official code does (bfloat16 rounds 1-6 % away; loop only).
         projections, seed: of the sketch; the same seed gives a completion the same estimate in every batch.
-        self_check: on the first batched pass over a model with these parameters and dtype, compare one row with the
-            loop; again on the next, until the row shared its micro-batch with others.
+        self_check: compare the longest and the shortest row of a micro-batch with the loop, once for each kind of
+            micro-batch (padded or not, its length and tokens in powers of √2) that a model, as it is, meets with these
+            parameters and dtype; one row on the calls 4, 16, 64 and so on; and each call, until rows had company.
         return_token_logps: also return the (B, L) log-probabilities of the counted tokens (0 elsewhere).
         on_logits: called with (row_N, position_N, logits_NV, token_N) for N counted tokens at a time until all are
             done: the token stands at (row, position) of `input_ids`, the logits, without a graph, are in float32 or
@@ -82,8 +83,8 @@ def sequence_grad_norms(
 
     Raises:
         ValueError: unknown method or accumulation, temperature or micro_batch not positive, `parameters` selects
-            nothing, tensors of different shapes, a row whose first token is counted, or packed rows that cannot be
-            taken apart.
+            nothing, an encoder-decoder, tensors of different shapes, a row whose first token is counted, or packed rows
+            that cannot be taken apart.
         UnsupportedModule: method="batched" or "sketch" met a use of a parameter that it cannot compute exactly.
         SelfCheckFailed: method="batched" or "sketch" disagreed with the loop.
     """
@@ -144,6 +145,7 @@ def score(
 ) -> Scored:
     """What `sequence_grad_norms` and `fused_grad_norms` share; see there."""
     model = inner_model(model)
+    _check_model(model)
     chosen = select_parameters(model, parameters)
     sharding = sharding_of(model)
     _check_sharded(sharding is not None, settings)
@@ -193,16 +195,25 @@ def _check(method: str, accumulation: str, temperature: float, micro_batch: int 
         raise ValueError(f"sequence_grad_norms: projections must be at least 1, got {projections}.")
 
 
+def _check_model(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"sequence_grad_norms: {type(model).__name__} is an encoder-decoder: its encoder would see the completion "
+            "that is to be scored. Give a causal language model (is_encoder_decoder=False)."
+        )
+
+
 def _check_sharded(sharded: bool, settings: Settings) -> None:
     if sharded and settings.keep != "nothing":
         raise ValueError(
-            "fused_grad_norms: the parameters are sharded (FSDP2), and the update's gradients would have to be "
+            "fused_grad_norms: the parameters are sharded (FSDP2, ZeRO-3), and the update's gradients would have to be "
             "scattered by hand. Take the norms with sequence_grad_norms, the update from a backward pass of its own."
         )
     if sharded and settings.accumulation != "float32":
         raise ValueError(
             f"sequence_grad_norms: accumulation={settings.accumulation!r} rounds whole gradients as the official code "
-            "does, in one process; the parameters are sharded (FSDP2). Use 'float32'."
+            "does, in one process; the parameters are sharded (FSDP2, ZeRO-3). Use 'float32'."
         )
 
 

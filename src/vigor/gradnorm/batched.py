@@ -20,6 +20,7 @@ from vigor.gradnorm import vocabulary
 from vigor.gradnorm.capture import Capture
 from vigor.gradnorm.head import Counted, NoDecoder, counted_parts, find_decoder, hidden_states, logits_of
 from vigor.gradnorm.kept import Gradients
+from vigor.gradnorm.loop import without_prefix
 from vigor.gradnorm.norms import Norms
 from vigor.gradnorm.route import captured
 from vigor.gradnorm.sharded import Sharding
@@ -80,7 +81,7 @@ class Pass:
         self.decoder = find_decoder(self.model)
         inputs = {"input_ids": self.ids_BL, "attention_mask": self.attended_BL}
         self.output = hidden_states(self.model, self.decoder, inputs, self._paused)
-        self.hidden_BLh = self.output.last_hidden_state
+        self.hidden_BLh = without_prefix(self.output.last_hidden_state, self.ids_BL.shape[1])
         self.vocabulary = max(
             (p.shape[0] for p in self.model.parameters() if p.ndim == 2 and p.is_floating_point()), default=1
         )
@@ -112,7 +113,7 @@ class Pass:
                 )
                 part.scatter(gradient_1Th, gradient_BLh)
                 return logps_1T
-            logits_BTV = logits_of(self.model, self.decoder, self.output, picked_BTh)
+            logits_BTV = logits_of(self.model, self.decoder, self.output, picked_BTh, self._paused)
             logps_BT, dlogits_BTV = self._differentiate(logits_BTV.detach(), part, weights_BT)
             (found,) = self.capture.backward([logits_BTV], [dlogits_BTV], [picked_BTh])
         if found is not None:
@@ -162,17 +163,17 @@ class Pass:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        self.capture.paused = True
+        before, self.capture.paused = self.capture.paused, True
         try:
             yield
         finally:
-            self.capture.paused = False
+            self.capture.paused = before
 
     def _forward_whole(self) -> None:
         self.parts = [Counted.of(slice(0, len(self.rows)), self.ids_BL, self.counted_BL, max(self.lengths))]
         (part,) = self.parts
         inputs: dict[str, Any] = {"input_ids": self.ids_BL, "attention_mask": self.attended_BL}
-        logits_BLV = self.model(**inputs, use_cache=False).logits
+        logits_BLV = without_prefix(self.model(**inputs, use_cache=False).logits, self.ids_BL.shape[1])
         index = part.at_BT[..., None].expand(-1, -1, logits_BLV.shape[-1])
         self.logits_BTV = logits_BLV.gather(1, index)
         del logits_BLV

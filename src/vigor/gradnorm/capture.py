@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
+from vigor.gradnorm.constants import Constants
 from vigor.gradnorm.kept import Gradients, Kept
 from vigor.gradnorm.norms import Norms
 from vigor.gradnorm.squares import widest
@@ -69,6 +71,12 @@ class Capture:
     ) -> None:
         self.parameters = parameters
         self.names = {id(p): name for name, p in parameters.items()}
+        hooked = next((name for name, p in parameters.items() if p._backward_hooks), None)
+        if hooked is not None:
+            raise UnsupportedModule(
+                f"batched gradient norm: {hooked} has a hook that may change its gradient (Tensor.register_hook), "
+                "which is never formed. Remove the hook, or use method='loop'."
+            )
         self.live: list[nn.Parameter] = []
         self.thawed: list[nn.Parameter] = []
         """Whole parameters that stood for sharded ones (sharded.py), and those of them that were frozen."""
@@ -82,6 +90,9 @@ class Capture:
         self.gradients: Gradients | None = None
         """Set for the second backward pass."""
         self.in_backward, self.in_head, self.paused = False, False, False
+        self.outermost = ""
+        """Name of the module whose operations were watched last."""
+        self.constants = Constants()
 
     @contextmanager
     def head(self, rows: slice, length: int) -> Iterator[None]:
@@ -223,7 +234,13 @@ class Capture:
         before, self.in_backward = self.in_backward, True
         chosen = [*self.parameters.values(), *self.live]
         wanted = [*inputs, self.anchor, *chosen]
-        found = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, retain_graph=retain_graph)
+        try:
+            found = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, retain_graph=retain_graph)
+        except CheckpointError as error:
+            raise UnsupportedModule(
+                f"batched gradient norm: {self.outermost} ran otherwise when gradient checkpointing repeated it. "
+                "Switch gradient checkpointing off, or use method='loop'."
+            ) from error
         self.in_backward = before
         n = len(inputs)
         # A captured use leaves the parameter itself out of the graph; it has a gradient if something else used it.
@@ -249,11 +266,8 @@ class Capture:
         for gradient_Bd in self.vectors.values():
             self.squares_B += gradient_Bd.to(self.squares_B.dtype).square().sum(-1)
         for uses in self.matrices.values():
-            if uses.arrived not in (0, uses.expected):
-                raise UnsupportedModule(
-                    f"batched gradient norm: {uses.name} was used {uses.expected} times, but only {uses.arrived} uses "
-                    "reached the loss. Use method='loop'."
-                )
+            if uses.arrived not in (0, uses.expected):  # the others did not reach the loss: their gradient is zero
+                self.norms.settle(self.squares_B, uses)
         if self.kept is None:
             self.vectors.clear()
         return self.squares_B

@@ -6,17 +6,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vigor.gradnorm.batched import Keep, OnLogits, Pass
 from vigor.gradnorm.capture import UnsupportedModule
+from vigor.gradnorm.diagnosis import where_gradients_differ, where_rows_differ
 from vigor.gradnorm.head import has_decoder
+from vigor.gradnorm.lengths import switches
 from vigor.gradnorm.loop import Accumulation, loop_gradients, loop_row
 from vigor.gradnorm.norms import Exact, Norms
+from vigor.gradnorm.partitioned import whole_shape
 from vigor.gradnorm.sharded import Sharding, idle_row
+from vigor.gradnorm.verdicts import Comparison, Kind, Verdict, verdict_of
+from vigor.gradnorm.vocabulary import WHOLE_LOGITS
 from vigor.rollouts import Row
 
 Method = Literal["auto", "batched", "loop", "sketch"]
@@ -39,10 +43,6 @@ CERTAIN = 1e-4
 
 class SelfCheckFailed(RuntimeError):
     """The batched method disagreed with the loop on this model."""
-
-
-_verdicts: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
-"""For each model and choice of parameters: True if the batched method may be used, False if it may not."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Engine:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if autocast is None and sharding is not None:
             autocast = sharding.dtype
-        self.key = (frozenset(parameters), first.dtype, autocast, settings.keep)
+        self.choice = (frozenset(parameters), first.dtype, autocast, settings.keep)
         # transformers computes norms and rotary embeddings in float32 whatever the dtype
         coarse = any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())  # a base under adapters
         dtype = torch.bfloat16 if coarse else autocast or first.dtype
@@ -90,32 +90,31 @@ class Engine:
         Raises:
             UnsupportedModule, SelfCheckFailed: unless the method is "auto", which then takes the loop.
         """
-        verdicts = _verdicts.setdefault(self.model, {})
+        verdict = verdict_of(self.model, self.choice)
         if self.sharding is not None:
-            return self.run_together(self.sharding, verdicts, method, micro_batch, self_check)
+            return self.run_together(self.sharding, verdict, method, micro_batch, self_check)
         if method == "loop" or self.settings.accumulation != "float32" or not self.rows:
             return self.loop()
-        if method == "auto" and verdicts.get(self.key) is False:
+        if method == "auto" and verdict.refused:
             return self.loop()
         try:
-            unchecked = self_check and verdicts.get(self.key) is not True
-            results, together = self.batched(micro_batch, unchecked=unchecked)
-            conclusive = self.compare(results, together) if unchecked else False
+            results, due = self.batched(micro_batch, verdict if self_check else None)
+            for comparison in due:
+                if self.compare(results, comparison, again=comparison.company) and comparison.settles is not None:
+                    verdict.passed.add(comparison.settles)
         except (UnsupportedModule, SelfCheckFailed) as error:
             self.passes.clear()
-            verdicts[self.key] = False
+            verdict.refused = True
             if method != "auto":
                 raise
             warnings.warn(f"{error} Falling back to the loop for this model.", stacklevel=4)
             return self.loop()
-        if conclusive and together:
-            verdicts[self.key] = True
         return results
 
     def run_together(
         self,
         sharding: Sharding,
-        verdicts: dict[object, bool],
+        verdict: Verdict,
         method: Method,
         micro_batch: int | None,
         self_check: bool,
@@ -133,18 +132,20 @@ class Engine:
             if method == "loop":
                 most = sharding.most(len(self.rows), self.device)
                 return [self.loop_together(sharding, b) for b in range(most)][: len(rows)]
-            unchecked = self_check and verdicts.get(self.key) is not True
-            results, together = self.batched(micro_batch, unchecked=unchecked)
-            if unchecked:
-                conclusive, failed = False, None
+            results, due = self.batched(micro_batch, verdict if self_check else None)
+            conclusive: set[Kind] = set()
+            failed = None
+            for i in range(sharding.most(len(due), self.device)):
+                comparison = due[i] if i < len(due) else Comparison([0], 0)
+                again = bool(sharding.most(comparison.company, self.device))
                 try:
-                    conclusive = self.compare(results, together)
+                    if self.compare(results, comparison, again=again) and comparison.settles is not None:
+                        conclusive.add(comparison.settles)
                 except SelfCheckFailed as error:
                     failed = error
-                if sharding.most(failed is not None, self.device):
-                    raise failed or SelfCheckFailed("batched gradient norm: another process found it to be wrong.")
-                if sharding.most(conclusive and bool(together), self.device):
-                    verdicts[self.key] = True
+            if sharding.most(failed is not None, self.device):
+                raise failed or SelfCheckFailed("batched gradient norm: another process found it to be wrong.")
+            verdict.passed |= conclusive
         return results[: len(rows)]
 
     def loop_together(self, sharding: Sharding, b: int) -> Result:
@@ -169,22 +170,26 @@ class Engine:
             for b, row in enumerate(self.rows)
         ]
 
-    def batched(self, micro_batch: int | None, *, unchecked: bool) -> tuple[list[Result], list[int]]:
-        """Many rows at a time; also the rows that shared a micro-batch, for a row alone cannot show that rows mix."""
+    def batched(self, micro_batch: int | None, verdict: Verdict | None) -> tuple[list[Result], list[Comparison]]:
+        """Many rows at a time; also what is to be compared with the loop."""
         results: dict[int, Result] = {}
-        together: list[int] = []
         self.passes.clear()
-        batches = self.micro_batches(micro_batch, company=unchecked)
+        batches = self.micro_batches(micro_batch)
+        lengths = [len(row.ids_L) for row in self.rows]
+        counted = [int(row.completion_L.sum()) for row in self.rows]
+        due: list[Comparison] = []
+        if verdict is not None:
+            most, company = WHOLE_LOGITS // self.vocabulary(), micro_batch is None
+            due = verdict.due(batches, lengths, counted, most=most, company=company, apart=self.apart())
         idle = 0 if self.sharding is None else self.sharding.most(len(batches), self.device) - len(batches)
         for batch in batches:
-            together += batch if len(batch) > 1 else []
             scored = self.one_pass(batch, self.settings.norms(), self.settings.keep)
             results.update(zip(batch, zip(scored.norms_B, scored.logps, strict=True), strict=True))
             if self.settings.keep != "nothing":
                 self.passes.append((scored, batch))
         for _ in range(idle):  # other processes gather parameters for theirs
             self.one_pass(batches[0], self.settings.norms(), "nothing", silent=True)
-        return [results[b] for b in range(len(self.rows))], together
+        return [results[b] for b in range(len(self.rows))], due
 
     def one_pass(self, batch: list[int], norms: Norms, keep: Keep, *, silent: bool = False) -> Pass:
         """One micro-batch."""
@@ -200,19 +205,19 @@ class Engine:
             sharding=self.sharding,
         )
 
-    def compare(self, results: list[Result], together: list[int]) -> bool:
-        """Compares the shortest row, of those with company, with the loop: its norm and, where kept, its gradient.
+    def compare(self, results: list[Result], comparison: Comparison, *, again: bool) -> bool:
+        """Compares a row with the loop: its norm and, where kept, its gradient.
 
-        Returns whether that says anything: the norm of a row that is all but certain is rounding error, 1 - π.
+        `again`: its norm from one more pass over the comparison's micro-batch rather than from the results. Returns
+        whether that says anything: the norm of a row that is all but certain is rounding error, 1 - π.
 
         Raises:
             SelfCheckFailed: they differ.
         """
-        b = min(together or range(len(self.rows)), key=lambda i: len(self.rows[i].ids_L))
+        b, batch = comparison.row, comparison.batch
         norm = results[b][0]
-        if self.settings.norms is not Exact:  # an estimate cannot be compared; that of which it is one can
-            company = next((i for i in together if i != b), b)
-            norm = self.one_pass([b, company] if company != b else [b], Exact(), "nothing").norms_B[0]
+        if again or self.settings.norms is not Exact:  # an estimate cannot be compared; that of which it is one can
+            norm = self.one_pass(batch, Exact(), "nothing", silent=True).norms_B[batch.index(b)]
         gradients: list[Tensor | None] = []
         if self.sharding is not None:
             expected = self.sharding.loop_norm(self.rows[b], temperature=self.settings.temperature)[0].to(norm.dtype)
@@ -223,55 +228,86 @@ class Engine:
             expected = _norm(gradients).to(norm.dtype)
         if torch.maximum(norm, expected) < CERTAIN:
             return False
-        self.refuse_beyond(((norm - expected).abs() / _positive(expected)).item(), "norm", norm, expected, b)
+        error = ((norm - expected).abs() / _positive(expected)).item()
+        self.refuse_beyond(error, "norm", norm, expected, b, batch, gradients)
         if expected.isnan():
             return False
-        for scored, batch in self.passes:
-            if b in batch:
-                found = scored.row_gradients(batch.index(b))
+        for scored, rows in self.passes:
+            if b in rows:
+                found = scored.row_gradients(rows.index(b))
                 off = [_zeros(f, p) - _zeros(g, p) for f, g, p in zip(
                     found, gradients, self.parameters.values(), strict=True)]  # fmt: skip
                 error = (_norm(off) / _positive(_norm(gradients))).item()
-                self.refuse_beyond(error, "update", _norm(found), expected, b)
+                self.refuse_beyond(error, "update", _norm(found), expected, b, batch, gradients)
         return True
 
-    def refuse_beyond(self, error: float, what: str, found: Tensor, expected: Tensor, b: int) -> None:
+    def refuse_beyond(
+        self,
+        error: float,
+        what: str,
+        found: Tensor,
+        expected: Tensor,
+        b: int,
+        batch: list[int],
+        gradients: list[Tensor | None],
+    ) -> None:
         if not error <= self.tolerance and not (expected.isnan() and found.isnan()):
             raise SelfCheckFailed(
                 f"batched gradient {what}: {found.item():.6g} instead of {expected.item():.6g} for a row of "
-                f"{len(self.rows[b].ids_L)} tokens (relative error {error:.1e}, allowed {self.tolerance:.0e}): some "
-                "module mixes the sequences of a batch, or lets padding change a row's result. Use method='loop'."
+                f"{len(self.rows[b].ids_L)} tokens (relative error {error:.1e}, allowed {self.tolerance:.0e}): "
+                f"{self.culprit(b, batch, gradients)}. Use method='loop'."
             )
 
-    def micro_batches(self, micro_batch: int | None, *, company: bool) -> list[list[int]]:
-        """Rows in ascending length, in runs that keep to the micro-batch, or to the bounds above.
+    def culprit(self, b: int, batch: list[int], gradients: list[Tensor | None]) -> str:
+        """What is wrong, with the name of the module or parameter."""
+        if self.sharding is not None:  # another forward pass would have to run in every process
+            return "some module mixes the sequences of a batch, or lets padding change a row's result"
+        rows, at = [self.rows[i] for i in batch], batch.index(b)
+        module = where_rows_differ(self.model, rows, at, self.tolerance)
+        if module is not None:
+            return f"{module} mixes the sequences of a batch, or lets padding change a row's result"
+        found = self.one_pass(batch, Exact(), "keep", silent=True).row_gradients(at)
+        name = where_gradients_differ(list(self.parameters), found, gradients)
+        return f"the gradient of {name} is wrong, so that some module mixes the sequences of a batch after its use"
 
-        `company`: the two shortest rows share one, if the library chooses.
+    def micro_batches(self, micro_batch: int | None) -> list[list[int]]:
+        """Rows in runs that keep to the micro-batch, or to the bounds above.
+
+        The longest and the shortest, which are compared with the loop, stand last: a module that takes something from
+        the rows before them does so there.
         """
         lengths = [len(row.ids_L) for row in self.rows]
-        batches = micro_batches(lengths, micro_batch, self.most_tokens())
-        if company and micro_batch is None and len(batches) > 1 and len(batches[0]) == 1:
-            batches[0] += batches[1][:1]
-            batches[1] = batches[1][1:]
-        return [batch for batch in batches if batch]
+        batches = micro_batches(lengths, micro_batch, self.most_tokens(), self.apart())
+        return [[*batch[1:], batch[0]] for batch in batches]
+
+    def apart(self) -> list[int]:
+        """Lengths that two rows of a micro-batch may not lie on either side of."""
+        return switches(self.model, max(len(row.ids_L) for row in self.rows))
+
+    def vocabulary(self) -> int:
+        """The most rows of a matrix, which the output embedding has."""
+        return max((shape[0] for p in self.model.parameters() if len(shape := whole_shape(p)) == 2), default=1)
 
     def most_tokens(self) -> int:
         """The bounds above, in tokens."""
-        matrices = [p for p in self.model.parameters() if p.ndim == 2]
+        matrices = [shape for p in self.model.parameters() if len(shape := whole_shape(p)) == 2]
         full_speed = FULL_SPEED.get(self.device.type, 4096)
         if self.settings.keep == "nothing":  # else all micro-batches are held anyway
             half = sum(len(row.ids_L) for row in self.rows) // 2
             if any(module.training and vars(module).get("gradient_checkpointing") for module in self.model.modules()):
                 half = 0
             full_speed = max(full_speed // 2, min(full_speed, half))
-        most = min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sum(sum(p.shape) for p in matrices))))
+        most = min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sum(map(sum, matrices)))))
         if has_decoder(self.model):
             return most
-        return min(most, LOGITS // max((len(p) for p in matrices), default=1))
+        return min(most, LOGITS // max((rows for rows, _ in matrices), default=1))
 
 
-def micro_batches(lengths: list[int], micro_batch: int | None, most_tokens: int) -> list[list[int]]:
-    """Indices in ascending length, in runs of at most `micro_batch` rows, or, if None, of like length."""
+def micro_batches(
+    lengths: list[int], micro_batch: int | None, most_tokens: int, apart: Sequence[int] = ()
+) -> list[list[int]]:
+    """Indices in ascending length, in runs of at most `micro_batch` rows, or, if None, of like length; rows on either
+    side of a length in `apart` are never together."""
     batches: list[list[int]] = []
     real = 0
     for b in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -282,6 +318,8 @@ def micro_batches(lengths: list[int], micro_batch: int | None, most_tokens: int)
         else:
             wasteful = real >= ENOUGH and tokens - real - lengths[b] > PADDING * tokens
             fits = tokens <= most_tokens and not wasteful
+        if batches and any(lengths[batches[-1][-1]] <= n < lengths[b] for n in apart):
+            fits = False
         if batches and fits:
             batches[-1].append(b)
             real += lengths[b]

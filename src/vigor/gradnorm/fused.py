@@ -190,7 +190,7 @@ def fused_grad_norms(
     Args:
         model, input_ids, attention_mask, completion_mask, temperature, micro_batch, on_logits: as there.
         mode: "keep" if every token of a row will have the same weight in the loss, else "retain".
-        self_check: as there; it compares one row's gradient with the loop's as well.
+        self_check: as there; it compares the rows' gradients with the loop's as well.
 
     Raises:
         ValueError, UnsupportedModule, SelfCheckFailed: as there, with method="batched".

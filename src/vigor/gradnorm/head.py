@@ -83,12 +83,25 @@ def hidden_states(
     return seen[0]
 
 
-def logits_of(model: nn.Module, decoder: nn.Module, output: Any, hidden_BTh: Tensor) -> Float[Tensor, "B T V"]:
-    """The model's logits for hidden states."""
+def logits_of(
+    model: nn.Module,
+    decoder: nn.Module,
+    output: Any,
+    hidden_BTh: Tensor,
+    paused: Callable[[], AbstractContextManager[None]],
+) -> Float[Tensor, "B T V"]:
+    """The model's logits for hidden states. What it does before the decoder, such as to embed, is done `paused()`."""
     B, T = hidden_BTh.shape[:2]
     ones = torch.ones(B, T, dtype=torch.int64, device=hidden_BTh.device)
-    with replaced_forward(decoder, lambda *_, **__: _with_hidden(output, hidden_BTh)):
-        logits: Tensor = model(input_ids=ones, attention_mask=ones, use_cache=False).logits
+    with ExitStack() as before:
+
+        def given(*_: Any, **__: Any) -> Any:
+            before.close()
+            return _with_hidden(output, hidden_BTh)
+
+        before.enter_context(paused())
+        with replaced_forward(decoder, given):
+            logits: Tensor = model(input_ids=ones, attention_mask=ones, use_cache=False).logits
     return logits
 
 

@@ -49,15 +49,32 @@ def row_logps(
     """Log-probabilities of the counted tokens; `on_logits` gets their logits / temperature."""
     output = model(input_ids=row.ids_L[None], attention_mask=torch.ones_like(row.ids_L)[None], use_cache=False)
     counted = row.completion_L[1:]
-    z_TV = output.logits[0, :-1][counted].to(torch.promote_types(output.logits.dtype, torch.float32)) / temperature
+    logits_LV = without_prefix(output.logits, len(row.ids_L))[0]
+    z_TV = logits_LV[:-1][counted].to(torch.promote_types(output.logits.dtype, torch.float32)) / temperature
     if on_logits is not None:
         at_T = row.completion_L.nonzero().squeeze(1)
         on_logits(torch.full_like(at_T, index), at_T, z_TV.detach(), row.ids_L[at_T])
     return z_TV.log_softmax(-1).gather(-1, row.ids_L[1:][counted][:, None]).squeeze(-1)
 
 
+def without_prefix(x_BPd: Tensor, length: int) -> Float[Tensor, "B L d"]:
+    """The last `length` positions of logits or hidden states: an adapter may have put virtual tokens before them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    found = x_BPd.shape[1]
+    if found < length:
+        raise ValueError(
+            f"gradient norm: the model returned {found} positions for {length} tokens. It must score every token "
+            "(no logits_to_keep, no pooling), as a causal language model does."
+        )
+    return x_BPd if found == length else x_BPd[:, found - length :]
+
+
 def _gradients(logps_T: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    return list(torch.autograd.grad(-logps_T.mean(), parameters, allow_unused=True))
+    gradients = torch.autograd.grad(-logps_T.mean(), parameters, allow_unused=True)
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
 
 
 def gradient_norm(grads: list[Tensor], accumulation: Accumulation) -> Float[Tensor, ""]:

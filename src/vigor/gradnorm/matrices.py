@@ -12,6 +12,7 @@ from vigor.gradnorm.maps import Expert, Linear, Rows, by_sequence
 from vigor.gradnorm.values import NotRouted, View
 
 if TYPE_CHECKING:
+    from vigor.gradnorm.capture import Capture
     from vigor.gradnorm.watch import Watch
 
 
@@ -91,7 +92,7 @@ def embedding(
         raise NotRouted("it renormalises its rows")
     if ids.shape[0] == 1 and c.batch > 1:
         ids = ids.expand(c.batch, *ids.shape[1:])  # position ids broadcast over the batch would merge the sequences
-    if ids.shape[0] != c.batch:
+    if by_sequence(torch.Size((*ids.shape, 1)), c) is None:
         raise NotRouted(f"the first axis of ids of shape {tuple(ids.shape)} is not the {c.batch} sequences")
     if c.batch == c.length > 1 and any(torch.equal(ids, x.T) and not torch.equal(ids, x) for x in watch.inputs):
         raise NotRouted("the first axis of the ids is the tokens")
@@ -106,6 +107,12 @@ def embedding(
     padding_idx = None if padding_idx is None else padding_idx % len(view.tensor)
     rows: Tensor = Rows.apply(ids, flat, view.stored, padding_idx, c.anchor, c, tracked)
     return rows
+
+
+def is_positions(capture: Capture, ids: Tensor) -> bool:
+    """Whether constant ids are a batch's positions, (B, L) with the same row for each sequence, and not a table."""
+    shape = capture.batch, capture.length
+    return ids.shape == shape and (shape[0] != shape[1] or bool((ids == ids[:1]).all()))
 
 
 def rows_of_copies(

@@ -88,11 +88,13 @@ class Exact:
             ids, d = (torch.cat(parts, dim=1) for parts in zip(*uses.rows, strict=True))
             squares_B += rows_square(ids, d)
         for rows, ids, selected, a in uses.selected:
-            d = next(d for known, d in uses.rows if known is ids)
-            squares_B[rows] += 2 * cross_product(selected, a, d[rows])
+            for known, d in uses.rows:
+                if known is ids:
+                    squares_B[rows] += 2 * cross_product(selected, a, d[rows])
         for rows, ids, gradient_1Lp in uses.at_ids:
-            d = next(d for known, d in uses.rows if known is ids)
-            squares_B[rows] += 2 * double((gradient_1Lp * wide(d[rows])).sum(-1)).sum(-1)
+            for known, d in uses.rows:
+                if known is ids:
+                    squares_B[rows] += 2 * double((gradient_1Lp * wide(d[rows])).sum(-1)).sum(-1)
 
 
 class _ExactSlices:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vigor.gradnorm.capture import Capture, UnsupportedModule
+from vigor.gradnorm.partitioned import plain_linear
 from vigor.gradnorm.sharded import Sharding
 from vigor.gradnorm.watch import Watch
 
@@ -35,7 +36,9 @@ def captured(model: nn.Module, capture: Capture, sharding: Sharding | None = Non
     flex = any(vars(config).get(_ATTENTION) == "flex_attention" for config in configs)
     within: dict[nn.Module, list[Any]] = {}
     wrapped = _Wrapped(capture, moving=sharding is not None)
+    capture.constants.of_model(model, capture.names)
     with ExitStack() as stack:
+        stack.enter_context(plain_linear())
         if "torch._dynamo" in sys.modules and not flex:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled cannot be watched
         try:
@@ -98,16 +101,17 @@ class _Wrapped:
     def forward(
         self, name: str, chosen: Callable[[], list[Any]], forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self.capture.paused:
-            return forward(*args, **kwargs)
         if self.watch is None:
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype == torch.int64]
+            self.capture.outermost = name or "the model"
             self.watch = Watch(self.capture, name, chosen(), inputs, self.copied)
             try:
                 with self.watch:
                     return forward(*args, **kwargs)
             finally:
                 self.watch = None
+        if self.capture.paused:
+            return forward(*args, **kwargs)
         before, self.watch.module = self.watch.module, name
         if self.moving:
             self.watch.learn(chosen())

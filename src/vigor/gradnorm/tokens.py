@@ -30,8 +30,8 @@ _REORDER = frozenset({
 class Tokens:
     """The tensors of picked tokens in one forward pass of `batch` sequences of `length` tokens."""
 
-    def __init__(self, batch: int, length: int) -> None:
-        self.batch, self.length = batch, length
+    def __init__(self, batch: int, length: int, is_constant: Callable[[Tensor], bool] = lambda _: False) -> None:
+        self.batch, self.length, self.is_constant = batch, length, is_constant
         self.marked: dict[int, tuple[Tensor, Sequences]] = {}
 
     def of(self, x: Tensor) -> Sequences | None:
@@ -71,10 +71,16 @@ class Tokens:
     def _pick(self, x: Tensor, index: Any, result: Tensor) -> None:
         sequence_N = self.of(x)
         if isinstance(index, Tensor) and index.ndim == 1:
-            if sequence_N is None and x.ndim == 2 and len(x) % (self.batch * self.length) == 0:
+            flat = x.ndim == 2 and len(x) % (self.batch * self.length) == 0
+            if sequence_N is None and flat and not self.is_constant(x):
                 sequence_N = torch.arange(len(x), device=index.device) // (len(x) // self.batch)
             if sequence_N is not None:
                 self.mark(result, sequence_N[index])
+        elif isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == x.shape[:2] and (
+            sequence_N is None and len(x) == self.batch and not self.is_constant(x)
+        ):  # fmt: skip
+            row_B1 = torch.arange(self.batch, device=index.device)[:, None]
+            self.mark(result, row_B1.expand(index.shape)[index])
         elif sequence_N is not None and isinstance(index, slice):
             self.mark(result, sequence_N[index])
         elif sequence_N is not None and isinstance(index, tuple) and _keeps_rows(*index[:1]):

@@ -31,6 +31,12 @@ ARITHMETIC = frozenset({
 })  # fmt: skip
 """Functions that work number by number on tensors broadcast against each other, by name without underscores around."""
 
+ALIGNED = frozenset({
+    "cat", "concat", "concatenate", "stack", "matmul", "bmm", "baddbmm", "__matmul__", "__rmatmul__",
+    "scaled_dot_product_attention",
+})  # fmt: skip
+"""Other functions that take the first axes of tensors of equal rank for the same one."""
+
 
 class NotRouted(Exception):
     """The operation cannot be taken apart by sequence; the message says why."""
@@ -84,7 +90,7 @@ class Copies:
         own = self.tensor.ndim
         if own < rank:
             return self.each.reshape(len(self.each), *(1,) * (rank - 1 - own), *self.tensor.shape)
-        if own == rank and self.expanded:
+        if own == rank and self.tensor.shape[0] == len(self.each):  # number by number, row b meets sequence b
             b = torch.arange(len(self.each), device=self.each.device)
             return self.each[b, b]
         if own == rank and self.tensor.shape[0] == 1:
@@ -143,14 +149,20 @@ def together(
         elif axis == "flat":
             new = {key: each[:, None] for key, each in new.items()}
             new |= {id(x): x.unflatten(0, (len(copies[0].each), -1)) for x in shared}
-        result = func(*replaced(args, new), **replaced(kwargs, new))
+        try:
+            result = func(*replaced(args, new), **replaced(kwargs, new))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotRouted(str(error).splitlines()[0]) from error
         return result.flatten(0, 1) if axis == "flat" else result
     if axis == "tokens":
         raise NotRouted("its tokens were picked by an index")
     B = len(copies[0].each)
     # Each sequence in a batch of its own, or its own part of the flattened axis.
     shared_B = [x[:, None] if axis == "batch" else x.unflatten(0, (B, -1)) for x in shared]
-    each_B = [v.against(rank)[:, None] if v.expanded and v.tensor.ndim == rank else v.each for v in copies]
+    rows = name in ALIGNED
+    each_B = [v.against(rank)[:, None] if rows and v.expanded and v.tensor.ndim == rank else v.each for v in copies]
 
     def one(*of_one: Tensor) -> Any:
         new = {id(x): y for x, y in zip([*(v.tensor for v in copies), *shared], of_one, strict=True)}

@@ -67,7 +67,7 @@ class SlicedHead:
         """Whether one token's logits are the same in two slices."""
         size = len(self.embedding.weight)
         with self.paused(), torch.no_grad():
-            whole_V = logits_of(self.model, self.decoder, self.output, hidden_11h).flatten()
+            whole_V = logits_of(self.model, self.decoder, self.output, hidden_11h, self.paused).flatten()
             x_11p = self.input(hidden_11h)
         if len(whole_V) != size:
             return False
@@ -103,7 +103,8 @@ class SlicedHead:
         sums, logps = [], []
         for tokens in _steps(hidden_1Th.shape[1], max(1, SLICE_LOGITS // len(self.embedding.weight))):
             with self.paused(), torch.no_grad():
-                z_1tV = _wide(logits_of(self.model, self.decoder, self.output, hidden_1Th[:, tokens].detach()))
+                hidden_1th = hidden_1Th[:, tokens].detach()
+                z_1tV = _wide(logits_of(self.model, self.decoder, self.output, hidden_1th, self.paused))
                 z_1tV /= temperature
             report(z_1tV, tokens)
             sums.append(z_1tV.logsumexp(-1))
@@ -167,7 +168,7 @@ class SlicedHead:
             return x_1Tp.detach()[..., :1]
 
         with replaced_forward(self.embedding, forward):
-            logits_of(self.model, self.decoder, self.output, hidden_1Th)
+            logits_of(self.model, self.decoder, self.output, hidden_1Th, self.paused)
         (x_1Tp,) = seen
         return x_1Tp
 
@@ -178,7 +179,7 @@ class SlicedHead:
             u_1Tv = F.linear(x_1Tp, self.embedding.weight[columns], None if bias is None else bias[columns])
         u_1Tv.requires_grad_()
         with self.paused(), replaced_forward(self.embedding, lambda *_, **__: u_1Tv):
-            return logits_of(self.model, self.decoder, self.output, hidden_1Th.detach()), u_1Tv
+            return logits_of(self.model, self.decoder, self.output, hidden_1Th.detach(), self.paused), u_1Tv
 
 
 def _wide(logits: Tensor) -> Tensor:

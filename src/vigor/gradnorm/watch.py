@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from vigor.gradnorm.capture import Capture, UnsupportedModule
 from vigor.gradnorm.maps import Each, by_sequence
-from vigor.gradnorm.matrices import embedding, experts, linear, rows_of_copies
+from vigor.gradnorm.matrices import embedding, experts, is_positions, linear, rows_of_copies
 from vigor.gradnorm.tokens import PICKS, Tokens
 from vigor.gradnorm.values import Axis, Copies, Function, NotRouted, View, alone, tensors_in, together
 
@@ -64,7 +64,8 @@ class Watch(TorchFunctionMode):
         self.capture, self.module, self.inputs, self.copied = capture, module, inputs, copied
         self.known: dict[int, View | Copies] = {}
         self.learn(parameters)
-        self.tokens = Tokens(capture.batch, capture.length)
+        self.constants = capture.constants
+        self.tokens = Tokens(capture.batch, capture.length, self.constants.has)
         self.eyes: dict[int, Tensor] = {}
         """Identity matrices, and frozen matrices that were read out by one: as long as the batch only by chance."""
 
@@ -78,7 +79,7 @@ class Watch(TorchFunctionMode):
             return self._plain(func, *args, **kwargs)
         given = {id(x): x for x in tensors_in((*args, *kwargs.values()))}
         if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return self._followed(func, args, kwargs, func(*args, **kwargs))
         try:
             return self._operation(func, _name(func), args, kwargs, given)
         except NotRouted as error:
@@ -98,11 +99,16 @@ class Watch(TorchFunctionMode):
 
     def _plain(self, func: Function, *args: Any, **kwargs: Any) -> Any:
         """An operation without chosen parameters."""
-        result = func(*args, **kwargs)
+        result = self._followed(func, args, kwargs, func(*args, **kwargs))
         if self.tokens.marked or func in PICKS:
             self.tokens.follow(func, args, kwargs, result)
         if func is torch.eye or (self.eyes and func is F.linear and id(args[0]) in self.eyes):
             self.eyes[id(result)] = result
+        return result
+
+    def _followed(self, func: Function, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
+        """The result of an operation, noted where it is a constant."""
+        self.constants.follow(func.__name__, args, kwargs, result, self.known)
         return result
 
     def again(self, func: Function, *args: Any) -> Any:
@@ -146,6 +152,10 @@ class Watch(TorchFunctionMode):
         first, second, third = ([self.known.get(id(x)) for x in args[:3]] + [None] * 3)[:3]
         if name == "linear" and first is None and not isinstance(second, Copies) and self._is_batch(args[0]):
             return linear(self, args[0], second or args[1], *args[2:], product=False)
+        if name == "linear" and first is None and not isinstance(second, Copies) and self._is_constant(args[0]):
+            return self._of_constant(
+                func, args, kwargs, given, lambda x: linear(self, x, second or args[1], *args[2:], product=False)
+            )
         if name in _PRODUCTS and first is None and isinstance(second, View) and not kwargs:
             if second.tensor.ndim > 2:
                 return experts(self, args[0], second)
@@ -158,8 +168,16 @@ class Watch(TorchFunctionMode):
         if name == "baddbmm" and second is None and not isinstance(third, Copies) and not kwargs:
             y = experts(self, args[1], third) if third else self._plain(torch.bmm, *args[1:])
             return self.again(torch.add, y.transpose(0, 1), self.again(Tensor.transpose, args[0], 0, 1)).transpose(0, 1)
-        if name == "embedding" and first is None and isinstance(second, View) and second.is_rows and args[0].ndim > 1:
-            return embedding(self, args[0], second, *args[2:], **kwargs)
+        if name == "embedding" and first is None and isinstance(second, View) and second.is_rows:
+            if self._is_constant(args[0]) and not is_positions(self.capture, args[0]):
+                return self._of_constant(
+                    func, args, kwargs, given, lambda ids: embedding(self, ids, second, *args[2:], **kwargs)
+                )
+            if args[0].ndim > 1 or by_sequence(torch.Size((*args[0].shape, 1)), self.capture):
+                return embedding(self, args[0], second, *args[2:], **kwargs)
+        if name == "getitem" and isinstance(first, View) and (row := _row(first, args[1])) is not None:
+            ids = torch.tensor(row, device=args[0].device)
+            return self._of_constant(F.embedding, (ids, args[0]), {}, given, lambda ids: embedding(self, ids, first))
         if name in ("layer_norm", "rms_norm", "group_norm") and first is None:
             return self._norm(func, name, *args, **kwargs)
         if name in _REFERENCES and first is None:
@@ -181,14 +199,30 @@ class Watch(TorchFunctionMode):
                 y = self.again(other, y, vector)
         return y
 
+    def _of_constant(
+        self, func: Function, args: Any, kwargs: Any, given: dict[int, Tensor], of_batch: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A linear map or an embedding of a constant: `of_batch` takes the constant once a sequence."""
+        x, result = args[0], func(*args, **kwargs)
+        if not result.requires_grad:
+            return result
+        value = next(self.known[i] for i in given if i in self.known)
+        each = partial(of_batch, x.expand(self.capture.batch, *x.shape))
+        return self._know(Copies(result, each, value.parameter, result.shape[:1] == (self.capture.batch,)))
+
     def _general(self, func: Function, name: str, args: Any, kwargs: Any, given: dict[int, Tensor]) -> Any:
         """Any operation: on chosen parameters alone, or on them and tensors of the batch."""
         if name == "getitem" and isinstance(args[1], Tensor) and args[1].ndim == 0:
             args = args[0], int(args[1])  # which waits for the device as the operation itself would
+        if name == "setitem":
+            raise NotRouted("it works in place")
         values = [self.known[i] for i in given if i in self.known]
         others = [x for i, x in given.items() if i not in self.known and name not in _REFERENCES]
         shared = [(x, axis) for x in others if (axis := self._axis(x, values)) is not None]
         if shared:
+            rank, length = max(x.ndim for x, _ in shared), len(shared[0][0])
+            aligned = [x for x in others if self._is_constant(x) and x.ndim == rank and len(x) == length]
+            shared += [(x, shared[0][1]) for x in aligned if shared[0][1] != "tokens"]
             sequences = [self.tokens.of(x) for x, _ in shared]
             if len({axis for _, axis in shared}) > 1 or any(s is not sequences[0] for s in sequences):
                 raise NotRouted("its other tensors have different first axes")
@@ -197,7 +231,7 @@ class Watch(TorchFunctionMode):
             return result if sequences[0] is None else self.tokens.mark(result, sequences[0])
         result = func(*args, **kwargs)
         if not any(x.requires_grad for x in tensors_in([result])):
-            return result
+            return self._followed(func, args, kwargs, result)
         stray = [tuple(x.shape) for x in others if x.requires_grad and not self._is_constant(x)]
         if stray:
             raise NotRouted(f"the first axis of {stray[0]} is not the {self.capture.batch} sequences")
@@ -208,25 +242,23 @@ class Watch(TorchFunctionMode):
     def _is_batch(self, x: Tensor) -> bool:
         """Whether a linear map of this tensor is one of the batch's."""
         mapped = self.tokens.of(x) is not None or by_sequence(x.shape, self.capture) is not None
-        return mapped and id(x) not in self.eyes
+        return mapped and not self._is_constant(x)
 
     def _axis(self, x: Tensor, values: list[View | Copies]) -> Axis | None:
         """What a tensor's first axis is; None for a constant."""
         c = self.capture
         if self.tokens.of(x) is not None:
             return "tokens"
-        if (
-            x.ndim < 2
-            or self._is_constant(x)
-            or (not x.requires_grad and any(x.shape == value.tensor.shape for value in values))
-        ):
+        if x.ndim < 2 or self._is_constant(x):
             return None
         if x.shape[0] == c.batch:
             return "batch"
+        if not x.requires_grad and any(x.shape == value.tensor.shape for value in values):
+            return None  # a constant too large to be held
         return "flat" if x.shape[0] % (c.batch * c.length) == 0 else None
 
     def _is_constant(self, x: Tensor) -> bool:
-        return id(x) in self.eyes or isinstance(x, nn.Parameter)
+        return self.constants.has(x) or id(x) in self.eyes or isinstance(x, nn.Parameter)
 
     def _copies(self, value: View | Copies) -> Copies:
         """A matrix as copies, where these are not too many numbers."""
@@ -259,7 +291,11 @@ class Watch(TorchFunctionMode):
             return each
 
         several = isinstance(result, list | tuple)
-        before = name in _EXPANSIONS or any(isinstance(value, Copies) and value.expanded for value in values)
+        before = (
+            name in _EXPANSIONS
+            or any(isinstance(value, Copies) and value.expanded for value in values)
+            or any(x.shape[:1] == (self.capture.batch,) for x in tensors_in((*args, *kwargs.values())))
+        )
         for i, x in enumerate(result if several else [result]):
             expanded = before and x.shape[:1] == (self.capture.batch,)
             self._know(Copies(x, partial(make, i if several else None), value.parameter, expanded))
@@ -280,6 +316,14 @@ def _view(value: View, func: Function, name: str, args: Any, kwargs: Any, result
     if name == "getitem" and x.ndim == 3 and value.expert is None and isinstance(args[1], int):
         return View(result, value.parameter, of, value.transposed, args[1] % len(x))
     return None
+
+
+def _row(matrix: View, index: Any) -> int | None:
+    """Which row of a matrix an index picks, if it is one whole row: the embedding of a pad token, say."""
+    if isinstance(index, tuple) and len(index) == 2 and index[1] in (..., slice(None)):
+        index = index[0]
+    picks = isinstance(index, int) and not isinstance(index, bool)
+    return index % len(matrix.tensor) if picks and matrix.is_rows and matrix.tensor.ndim == 2 else None
 
 
 def _maps_columns(matrix: View, x: Tensor) -> bool:

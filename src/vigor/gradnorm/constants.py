@@ -1,0 +1,60 @@
+"""Constants: tensors of a forward pass that do not depend on the batch, as position tables, masks and buffers do not.
+
+Whether a tensor's first axis is the sequences is told by its length, and a constant may have that length by chance: a
+table of 16 positions in a batch of 16 rows. What the model holds is constant, and so is what comes of constants alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from torch import Tensor, nn
+
+from vigor.gradnorm.values import tensors_in
+
+SMALL = 1 << 18
+"""Most numbers of a computed constant that is held until the pass ends; a larger one is judged by its shape."""
+
+
+class Constants:
+    """The tensors that are known to be constant in one pass, held so that no other gets their id."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+
+    def of_model(self, model: nn.Module, chosen: Container[int]) -> None:
+        """A model's buffers, other tensors and parameters are constant, but for the chosen ones (ids)."""
+        for module in model.modules():
+            for own in vars(module).values():  # buffers and parameters are in dictionaries
+                inner = own.values() if isinstance(own, dict) else own if isinstance(own, list | tuple) else (own,)
+                self.held.update((id(x), x) for x in inner if isinstance(x, Tensor) and id(x) not in chosen)
+
+    def has(self, x: Tensor) -> bool:
+        """Whether a tensor, or the one that it is a view of, is known to be constant."""
+        return id(x) in self.held or (x._base is not None and id(x._base) in self.held)
+
+    def follow(self, name: str, args: Any, kwargs: dict[str, Any], result: Any, known: dict[int, Any]) -> None:
+        """Notes the result of an operation on constants alone; what stems from chosen parameters (`known`) counts as
+        such where the result has no gradient."""
+        for x in args:
+            if isinstance(x, Tensor):
+                if id(x) not in self.held and id(x) not in known:
+                    return self._changed(name, args)
+            elif isinstance(x, list | tuple) and any(
+                isinstance(y, Tensor) and id(y) not in self.held and id(y) not in known for y in x
+            ):
+                return self._changed(name, args)
+        if kwargs and any(id(x) not in self.held and id(x) not in known for x in tensors_in(kwargs.values())):
+            return self._changed(name, args)
+        for x in tensors_in([result]):
+            if x.numel() <= SMALL or x._base is not None:
+                self.held[id(x)] = x
+
+    def _changed(self, name: str, args: Any) -> None:
+        """An operation on tensors of the batch: what it writes to is constant no more."""
+        in_place = name in ("__setitem__", "__set__") or name.startswith("__i") or (name[-1:] == "_" != name[-2:-1])
+        if in_place and isinstance(args[0], Tensor):
+            self.held.pop(id(args[0]), None)
+            if args[0]._base is not None:
+                self.held.pop(id(args[0]._base), None)
