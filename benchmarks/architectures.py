@@ -53,6 +53,7 @@ SIZES: dict[str, Any] = {
 
 LATENT = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu"
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 CHANGES: dict[str, dict[str, Any]] = {
     **{kind: {"num_key_value_heads": 4} for kind in f"{LATENT} dots3_note dots3_note_text".split()},
     "bamba": {**MAMBA2, "attn_layer_indices": [1]},
@@ -61,8 +62,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"num_hidden_layers": 6, "layer_types": ["mamba", "hybrid", "mamba"] * 2},
-    "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8,
-               "mamba_headdim": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "chunk_size": 8},
+    "zamba2": {"num_hidden_layers": 6, "layer_types": ["mamba", "mamba", "hybrid"] * 2, "hybrid_layer_ids": [2, 5],
+               "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "chunk_size": 8,
+               "adapter_rank": 4},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
+                            "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
                     "num_kv_shared_layers": 0, "num_global_key_value_heads": 2},
@@ -209,6 +213,7 @@ def score(kind: str, each: bool) -> dict[str, Any]:
     from transformers.utils import logging
 
     from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, sequence_grad_norms
+    from vigor.gradnorm.values import View
     from vigor.gradnorm.watch import Watch
 
     logging.set_verbosity_error()
@@ -224,7 +229,7 @@ def score(kind: str, each: bool) -> dict[str, Any]:
     copies = Watch._copies
 
     def noting(self: Watch, value: Any) -> Any:
-        if value.parameter.ndim > 1:
+        if isinstance(value, View):
             copied.setdefault(self.capture.names[id(value.parameter)].split(".layers.")[-1].partition(".")[2])
         return copies(self, value)
 

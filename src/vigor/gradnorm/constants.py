@@ -27,8 +27,12 @@ class Constants:
         """A model's buffers, other tensors and parameters are constant, but for the chosen ones (ids)."""
         for module in model.modules():
             for own in vars(module).values():  # buffers and parameters are in dictionaries
-                inner = own.values() if isinstance(own, dict) else own if isinstance(own, list | tuple) else (own,)
-                self.held.update((id(x), x) for x in inner if isinstance(x, Tensor) and id(x) not in chosen)
+                kind = type(own)
+                if kind is dict or kind is list or kind is tuple:
+                    inner = own.values() if kind is dict else own
+                    self.held.update((id(x), x) for x in inner if isinstance(x, Tensor) and id(x) not in chosen)
+                elif isinstance(own, Tensor) and id(own) not in chosen:
+                    self.held[id(own)] = own
 
     def has(self, x: Tensor) -> bool:
         """Whether a tensor, or the one that it is a view of, is known to be constant."""
