@@ -27,6 +27,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("batched", {"shape": "256x8000x8x160", "layers": 6, "checkpointing": True}),
     ("batched", {"shape": "256x8000x8x160", "layers": 6, "lora": 16}),
     ("batched", {"shape": "128x40000x4x128", "layers": 4}),
+    ("batched", {"shape": "64x400000x2x800", "layers": 2}),  # the head in slices
 ]
 """Passes of benchmarks/gradnorm.py: TRL's update, the norms, and the update fused with them."""
 MEASURE = """

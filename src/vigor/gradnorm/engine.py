@@ -291,16 +291,33 @@ class Engine:
     def most_tokens(self) -> int:
         """The bounds above, in tokens."""
         matrices = [shape for p in self.model.parameters() if len(shape := whole_shape(p)) == 2]
-        full_speed = FULL_SPEED.get(self.device.type, 4096)
-        if self.settings.keep == "nothing":  # else all micro-batches are held anyway
-            half = sum(len(row.ids_L) for row in self.rows) // 2
-            if any(module.training and vars(module).get("gradient_checkpointing") for module in self.model.modules()):
-                half = 0
-            full_speed = max(full_speed // 2, min(full_speed, half))
-        most = min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sum(map(sum, matrices)))))
+        most = most_tokens(
+            self.device.type,
+            sum(len(row.ids_L) for row in self.rows),
+            sum(map(sum, matrices)),
+            held=self.settings.keep != "nothing",
+            checkpointing=any(m.training and vars(m).get("gradient_checkpointing") for m in self.model.modules()),
+        )
         if has_decoder(self.model):
             return most
         return min(most, LOGITS // max((rows for rows, _ in matrices), default=1))
+
+
+def most_tokens(device: str, tokens: int, sides: int, *, held: bool, checkpointing: bool) -> int:
+    """Most tokens of a micro-batch that the library chooses, for a model that names its decoder.
+
+    Args:
+        device: its type.
+        tokens: of all rows of the call.
+        sides: inputs and outputs of all matrices together, for one token.
+        held: whether all micro-batches are held for the update anyway.
+        checkpointing: whether activations are computed again.
+    """
+    full_speed = FULL_SPEED.get(device, 4096)
+    if not held:
+        half = 0 if checkpointing else tokens // 2
+        full_speed = max(full_speed // 2, min(full_speed, half))
+    return min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sides)))
 
 
 def micro_batches(

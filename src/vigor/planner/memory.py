@@ -14,10 +14,11 @@ import torch
 
 from vigor.flops import Shape, matrices
 from vigor.fusion import ONE_WEIGHT, Rung, decide
-from vigor.gradnorm.engine import ACTIVATIONS, FULL_SPEED, TOKENS
+from vigor.gradnorm.engine import most_tokens
 from vigor.gradnorm.head import HEAD_LOGITS
 from vigor.gradnorm.memory import FusedBytes, fused_bytes
 from vigor.gradnorm.squares import BLOCK
+from vigor.gradnorm.vocabulary import SLICE_LOGITS, WHOLE_LOGITS
 from vigor.planner.model import Model
 
 SHARDINGS = ("none", "ddp", "zero1", "zero2", "fsdp2")
@@ -207,24 +208,27 @@ def reward_bytes(model: Model, work: Work, setup: Setup, *, device: str, fused: 
     rows = max(1, norm_tokens(model, work, setup, device=device, fused=fused) // work.length)
     tokens = min(rows, setup.rows * setup.accumulation) * work.length
     products = 4 * tokens * max(m.p + m.q for m in matrices(s)[:-1]) + 2 * 4 * BLOCK
-    head = _norms_head(s, work, tokens, c)
+    whole = fused or setup.sharding == "fsdp2"
+    head = _norms_head(s, work, tokens, c, whole=whole)
     return _backward_peak(model, tokens, c, head, products, checkpointing=setup.checkpointing)
 
 
-def _norms_head(s: Shape, work: Work, tokens: int, c: int) -> int:
-    """Logits of one part of the head's work, and their log-softmax, which becomes their gradient; wider if c is 2."""
+def _norms_head(s: Shape, work: Work, tokens: int, c: int, *, whole: bool) -> int:
+    """Logits of one part of the head's work, and their log-softmax, which becomes their gradient; wider if c is 2.
+
+    `whole`: a row's logits are held at once, however many they are.
+    """
     row = work.completion_length * s.vocabulary
-    rows = min(max(1, HEAD_LOGITS // row), tokens // work.length)
-    return rows * row * (2 * c if c >= 4 else 8 + 2 * c)
+    logits = row * min(max(1, HEAD_LOGITS // row), max(1, tokens // work.length))
+    if row > WHOLE_LOGITS and not whole:
+        return 12 * SLICE_LOGITS  # a slice's logits, their exponentials and their gradient
+    return logits * (2 * c if c >= 4 else 8 + 2 * c)
 
 
 def norm_tokens(model: Model, work: Work, setup: Setup, *, device: str, fused: bool = False) -> int:
-    """Tokens of a micro-batch of the norms, as vigor.gradnorm.engine chooses them."""
-    full_speed = FULL_SPEED.get(device, 4096)
-    if not fused:
-        half = setup.rows * setup.accumulation * work.length // 2
-        full_speed = max(full_speed // 2, min(full_speed, half))
-    return min(TOKENS, max(full_speed, ACTIVATIONS // _matrix_sides(model)))
+    """Tokens of a micro-batch of the norms."""
+    tokens = setup.rows * setup.accumulation * work.length
+    return most_tokens(device, tokens, _matrix_sides(model), held=fused, checkpointing=setup.checkpointing)
 
 
 @cache
@@ -237,7 +241,7 @@ def fused_update_bytes(model: Model, work: Work, setup: Setup, mode: str, *, dev
     """The fused update: what is held of the whole batch, or a micro-batch's pass where that is more."""
     needed = fused_of(model, work, setup)
     held = needed.keep if mode == "keep" else needed.retain
-    head = _norms_head(model.shape, work, work.length, work.compute_bytes)
+    head = _norms_head(model.shape, work, work.length, work.compute_bytes, whole=True)
     return max(held + head, reward_bytes(model, work, setup, device=device, fused=True))
 
 
