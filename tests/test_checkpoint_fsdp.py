@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from vigor import checkpoint
 from vigor.checkpoint import CheckpointError
 from vigor.commands.train import leave_process_group
-from vigor.resume import refuse_code
+from vigor.statedicts import refuse_code
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import parallel

@@ -29,9 +29,9 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, engine, fused_grad_norms, sequence_grad_norms
+from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, fused_grad_norms, microbatches, sequence_grad_norms
 from vigor.gradnorm.constants import Constants
-from vigor.gradnorm.engine import micro_batches
+from vigor.gradnorm.microbatches import micro_batches
 from vigor.gradnorm.verdicts import Verdict
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -297,7 +297,7 @@ def test_a_row_alone_gets_company_for_the_comparison(apart: list[int], batch: li
 
 def test_rows_that_mix_are_found_where_each_has_a_micro_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the library's choice, which may be another in the next call; not where the caller wants them alone."""
-    monkeypatch.setattr(engine, "TOKENS", 8)
+    monkeypatch.setattr(microbatches, "TOKENS", 8)
     model: Any = toy(nn.Linear(D, D))
     hooked(model)
     with pytest.raises(SelfCheckFailed, match="layer mixes"):

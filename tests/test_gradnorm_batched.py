@@ -14,8 +14,8 @@ from models import SIDES, ZOO, enable_checkpointing, lora, qwen2
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, engine, sequence_grad_norms
-from vigor.gradnorm.engine import micro_batches
+from vigor.gradnorm import SelfCheckFailed, UnsupportedModule, engine, microbatches, sequence_grad_norms
+from vigor.gradnorm.microbatches import micro_batches
 from vigor.gradnorm.squares import GramCache, cross_product, linear_square, rows_square
 from vigor.rollouts import Row
 
@@ -452,7 +452,7 @@ def test_micro_batches_hold_rows_of_like_length_within_the_bounds() -> None:
 
 def test_a_micro_batch_is_at_most_half_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a small batch would need nearly the memory of a training step; passes that are kept are all held anyway."""
-    monkeypatch.setattr(engine, "ACTIVATIONS", 1)
+    monkeypatch.setattr(microbatches, "ACTIVATIONS", 1)
     model = build("qwen2-tied", torch.float32)
     ids = torch.ones(100, dtype=torch.int64)
 

@@ -38,8 +38,9 @@ def scores_of(spec: str, model: nn.Module, *samples: Sample, temperature: float 
 def decoder_runs(names: list[str], *, told: bool) -> list[tuple[int, ...]]:
     model, rollouts, shapes = qwen2(), rollouts_of(*PLAIN), []
     rewards = [get(name) for name in names]
-    PolicyPass(model, rollouts).grad_norms()  # the self-check, once a model
     model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    PolicyPass(model, rollouts).grad_norms()  # the self-check, once a model and its hooks
+    shapes.clear()
     needs = frozenset().union(*(reward.needs for reward in rewards)) if told else frozenset()
     policy = PolicyPass(model, rollouts, needs=needs)
     for reward in rewards:

@@ -48,12 +48,13 @@ from vigor.fusion import FUSED_ROW, Fusion
 from vigor.groupmetrics import top_quarter_accuracy, within_group_auc
 from vigor.guard import Guard
 from vigor.outside import watched
-from vigor.resume import Checkpoints, refuse_code
+from vigor.resume import Checkpoints
 from vigor.rewards.base import TEACHER, Reward, nonfinite, unshaped
 from vigor.rewards.compose import annealed_weights
 from vigor.rollouts import BatchTexts, Rollouts, real_tokens, text_of
 from vigor.samplercheck import check_continuous_batching, check_sampler
 from vigor.signals import PolicyPass
+from vigor.statedicts import refuse_code
 from vigor.teacher import Teacher, fork_generators, teacher_for
 from vigor.terminal import printable
 from vigor.tokenlog import TokenLog

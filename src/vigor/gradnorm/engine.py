@@ -1,4 +1,4 @@
-"""Which method runs on which rows: micro-batches, the self-check, and falling back to the loop."""
+"""Which method runs on which rows: the batched passes, the self-check, and falling back to the loop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from vigor.gradnorm.diagnosis import where_gradients_differ, where_rows_differ
 from vigor.gradnorm.head import has_decoder
 from vigor.gradnorm.lengths import switches
 from vigor.gradnorm.loop import Accumulation, loop_gradients, loop_row
+from vigor.gradnorm.microbatches import LOGITS, micro_batches, most_tokens
 from vigor.gradnorm.norms import Exact, Norms
 from vigor.gradnorm.partitioned import whole_shape
 from vigor.gradnorm.sharded import Sharding, idle_row
@@ -26,15 +27,6 @@ from vigor.rollouts import Row
 Method = Literal["auto", "batched", "loop", "sketch"]
 Result = tuple[Tensor, Tensor]
 """A row's norm (scalar) and its log-probabilities (T,)."""
-
-ACTIVATIONS, LOGITS, TOKENS = 1 << 25, 1 << 28, 16_384
-"""Most inputs and outputs of linear maps (numbers), most logits where the head cannot be run apart, and most tokens of
-a micro-batch chosen by the library. It is to need less memory than a training step of the same rows."""
-FULL_SPEED = {"cpu": 1024}
-"""Tokens at which matrix products run at full speed; more activations are allowed to reach that, where it is no more
-than half of the call's tokens and activations are not checkpointed, and to reach half of it anyway. Elsewhere 4096."""
-ENOUGH, PADDING = 256, 0.15
-"""Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
 
 CERTAIN = 1e-4
@@ -301,49 +293,6 @@ class Engine:
         if has_decoder(self.model):
             return most
         return min(most, LOGITS // max((rows for rows, _ in matrices), default=1))
-
-
-def most_tokens(device: str, tokens: int, sides: int, *, held: bool, checkpointing: bool) -> int:
-    """Most tokens of a micro-batch that the library chooses, for a model that names its decoder.
-
-    Args:
-        device: its type.
-        tokens: of all rows of the call.
-        sides: inputs and outputs of all matrices together, for one token.
-        held: whether all micro-batches are held for the update anyway.
-        checkpointing: whether activations are computed again.
-    """
-    full_speed = FULL_SPEED.get(device, 4096)
-    if not held:
-        half = 0 if checkpointing else tokens // 2
-        full_speed = max(full_speed // 2, min(full_speed, half))
-    return min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sides)))
-
-
-def micro_batches(
-    lengths: list[int], micro_batch: int | None, most_tokens: int, apart: Sequence[int] = ()
-) -> list[list[int]]:
-    """Indices in ascending length, in runs of at most `micro_batch` rows, or, if None, of like length; rows on either
-    side of a length in `apart` are never together."""
-    batches: list[list[int]] = []
-    real = 0
-    for b in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        rows = len(batches[-1]) + 1 if batches else 1
-        tokens = rows * lengths[b]  # b is the longest so far, and all are padded to it
-        if micro_batch is not None:
-            fits = rows <= micro_batch
-        else:
-            wasteful = real >= ENOUGH and tokens - real - lengths[b] > PADDING * tokens
-            fits = tokens <= most_tokens and not wasteful
-        if batches and any(lengths[batches[-1][-1]] <= n < lengths[b] for n in apart):
-            fits = False
-        if batches and fits:
-            batches[-1].append(b)
-            real += lengths[b]
-        else:
-            batches.append([b])
-            real = lengths[b]
-    return batches
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 
 from vigor.flops import Shape, matrices
 from vigor.fusion import ONE_WEIGHT, Rung, decide
-from vigor.gradnorm.engine import most_tokens
 from vigor.gradnorm.head import HEAD_LOGITS
 from vigor.gradnorm.memory import FusedBytes, fused_bytes
+from vigor.gradnorm.microbatches import most_tokens
 from vigor.gradnorm.squares import BLOCK
 from vigor.gradnorm.vocabulary import SLICE_LOGITS, WHOLE_LOGITS
 from vigor.planner.model import Model
