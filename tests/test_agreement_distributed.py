@@ -6,7 +6,6 @@ As a program (`torchrun`): `test_agreement_distributed.py FOLDER` is one process
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers_distributed import torchrun
 from helpers_trainer import dataset, lab_tokenizer, table, trainer
 from transformers import TrainerCallback
 
@@ -103,9 +103,7 @@ def work(folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     alone, together = (tmp_path_factory.mktemp(name) for name in ("alone", "together"))
     work(alone)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, str(together)], capture_output=True, text=True, env=environment, timeout=120)
+    done = torchrun(__file__, together)
     assert done.returncode == 0, done.stderr[-3000:]
     return alone, together
 

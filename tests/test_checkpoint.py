@@ -9,13 +9,13 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_files import files_up_to
 from helpers_trainer import same_weights, trainer, weights
 
 from vigor import checkpoint
@@ -174,17 +174,6 @@ def test_retention_counts_whole_checkpoints_only(tmp_path: Path) -> None:
 
 
 # Disk full
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """Every write beyond so many bytes of a file fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [500, 3000, 30_000, 100_000])

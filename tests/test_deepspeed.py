@@ -7,7 +7,6 @@ that torchrun starts: `python tests/test_deepspeed.py FOLDER`.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_distributed import results_of_two, write_results
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -281,18 +281,13 @@ def work(folder: Path) -> None:
         "memory": memory(rank),
         "made_in_parts": made_in_parts(rank, folder),
     }
-    (folder / f"results-{rank}.json").write_text(json.dumps(results))
+    write_results(folder, rank, results)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads((folder / f"results-{rank}.json").read_text("utf-8")) for rank in range(2)]
+    return results_of_two(__file__, tmp_path_factory.mktemp("deepspeed"), timeout=300, DS_ACCELERATOR="cpu")
 
 
 # The tests ------------------------------------------------------------------------------------------------------------

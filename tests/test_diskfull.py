@@ -6,18 +6,17 @@ import errno
 import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from helpers_files import files_up_to
 from helpers_trainer import lab_tokenizer, same_weights, trainer, weights
 from safetensors.torch import save_file
 from test_checkpoint import write
@@ -32,17 +31,6 @@ from vigor.runfolder import RunFolder, RunFolderError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """Every write beyond so many bytes of a file fails, with EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # Errors of every library that writes

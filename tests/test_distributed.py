@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 import pandas as pd
 import pytest
 import torch
+from helpers_distributed import torchrun
 from helpers_trainer import save_tiny, table, tiny_model, trainer, weights, write_jsonl
 
 from vigor.cli import main
@@ -66,12 +66,6 @@ def train_late(argv: list[str]) -> NoReturn:
     raise SystemExit(main(argv))
 
 
-def torchrun(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*command, *argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
@@ -83,7 +77,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one run of two processes for each kind of update and number of rows a process and round."""
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun("work", str(folder), *(f"{fused}-{rows}" for fused, rows in RUNS), cwd=folder)
+    done = torchrun(__file__, "work", folder, *(f"{fused}-{rows}" for fused, rows in RUNS), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -134,7 +128,7 @@ def test_vigor_train_runs_in_two_processes_and_writes_its_files_once(tmp_path: P
         "learning_rate": 1e-3, "save_steps": 1, "ddp_backend": "gloo", "gradient_checkpointing": False,
     }  # fmt: skip
     argv = ["train", "--use_cpu", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
-    done = torchrun(*argv, cwd=tmp_path)
+    done = torchrun(__file__, *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -150,7 +144,7 @@ def test_vigor_train_runs_in_two_processes_and_writes_its_files_once(tmp_path: P
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
     for name in ("config.yaml", "results.json", "report.html", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).is_file(), name
-    resumed = torchrun(*argv, "--resume", "--max_steps", "3", cwd=tmp_path)
+    resumed = torchrun(__file__, *argv, "--resume", "--max_steps", "3", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]

@@ -5,10 +5,7 @@ This file is also the worker that torchrun starts: `python tests/test_parallel_n
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_distributed import results_of_two, write_results
 from torch import nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -122,18 +120,13 @@ def work(folder: Path) -> None:
         "disagreement": disagreement(rank),
         "frozen": frozen(rank),
     }
-    (folder / f"results-{rank}.json").write_text(json.dumps(results))
+    write_results(folder, rank, results)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("parallel")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"results-{rank}.json").read_text("utf-8")) for rank in range(2)]
+    return results_of_two(__file__, tmp_path_factory.mktemp("parallel"))
 
 
 # The tests ------------------------------------------------------------------------------------------------------------
