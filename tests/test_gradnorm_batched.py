@@ -461,8 +461,8 @@ def test_a_micro_batch_is_at_most_half_of_the_call(monkeypatch: pytest.MonkeyPat
         settings, chosen = engine.Settings(keep=keep), dict(model.named_parameters())
         return engine.Engine(model, chosen, [row] * rows, settings, device=ids.device).most_tokens()
 
-    assert [most_tokens(rows) for rows in (1, 8, 16, 50)] == [512, 512, 800, 1024]
-    assert most_tokens(8, "keep") == most_tokens(8, "retain") == 1024
+    assert [most_tokens(rows) for rows in (1, 8, 16, 30, 50)] == [512, 512, 800, 1500, 2048]
+    assert most_tokens(8, "keep") == most_tokens(8, "retain") == 2048
     enable_checkpointing(model, use_reentrant=False)
     assert most_tokens(50) == 512
 

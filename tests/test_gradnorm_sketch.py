@@ -17,7 +17,7 @@ def sketch(model: nn.Module, *, rows: tuple[Tensor, Tensor, Tensor] | None = Non
     return norms
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-moe", "gpt2-tied", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-moe", "gpt2-tied"])
 def test_squares_are_unbiased(name: str) -> None:
     """Over 120 seeds the mean square is the exact one, within four of its own standard errors."""
     model = build(name)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 ACTIVATIONS, LOGITS, TOKENS = 1 << 25, 1 << 28, 16_384
 """Most inputs and outputs of linear maps (numbers), most logits where the head cannot be run apart, and most tokens of
 a micro-batch chosen by the library. It is to need less memory than a training step of the same rows."""
-FULL_SPEED = {"cpu": 1024}
-"""Tokens at which matrix products run at full speed; more activations are allowed to reach that, where it is no more
-than half of the call's tokens and activations are not checkpointed, and to reach half of it anyway. Elsewhere 4096."""
+SPEED = {"cpu": (512, 2048)}
+"""Tokens at which matrix products run near full speed, and at which nothing more is gained. More activations are
+allowed to reach the former anyway, and the latter where it is no more than half of the call's tokens and activations
+are not checkpointed. Elsewhere (2048, 4096)."""
 ENOUGH, PADDING = 256, 0.15
 """Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
@@ -28,11 +29,11 @@ def most_tokens(device: str, tokens: int, sides: int, *, held: bool, checkpointi
         held: whether all micro-batches are held for the update anyway.
         checkpointing: whether activations are computed again.
     """
-    full_speed = FULL_SPEED.get(device, 4096)
+    least, full = SPEED.get(device, (2048, 4096))
     if not held:
         half = 0 if checkpointing else tokens // 2
-        full_speed = max(full_speed // 2, min(full_speed, half))
-    return min(TOKENS, max(full_speed, ACTIVATIONS // max(1, sides)))
+        full = max(least, min(full, half))
+    return min(TOKENS, max(full, ACTIVATIONS // max(1, sides)))
 
 
 def micro_batches(
