@@ -160,6 +160,18 @@ def test_the_run_is_checked_as_one_of_its_processes(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resume_by_another_number_of_processes_is_refused_before_any_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    assert train(flags(tmp_path, **changes)) == 0
+    monkeypatch.setattr(VigorConfig, "planned_processes", None)
+    again = [*flags(tmp_path, **changes, max_steps=2), "--resume"]
+    assert preflight(Launch(tmp_path / "c.yaml", 2, 1, 0, False, [], again)) == 2
+    assert re.search(r"written by 1 processes, this run has\s+2", capsys.readouterr().err)
+    assert preflight(Launch(tmp_path / "c.yaml", 1, 1, 0, False, [], again)) == 0
+
+
 # Commands that run ----------------------------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text("utf-8")

@@ -5,6 +5,7 @@ Needs torch and a causal language model that maps `(input_ids, attention_mask)` 
     api.py         sequence_grad_norms: the entry point
     fused.py       fused_grad_norms: the norms, and the update from the same pass
     engine.py      which method runs on which rows, the self-check, falling back
+    microbatches.py    which rows are scored in one pass
     verdicts.py    which micro-batches the self-check compares
     diagnosis.py   which module a failed one names
     lengths.py     rows that may not share a micro-batch
@@ -26,7 +27,8 @@ Needs torch and a causal language model that maps `(input_ids, attention_mask)` 
     kept.py        what the update needs of the pass
     memory.py      how much of that there will be
     parameters.py  what a norm covers
-    sharded.py     what is different where FSDP2 shards the model
+    sharded.py     what is different where FSDP2 or ZeRO-3 shards the model
+    partitioned.py    whole weights where ZeRO-3 partitions them
     mode.py        dropout off, gradient checkpointing kept
 """
 

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from vigor.gradnorm import vocabulary
 from vigor.gradnorm.capture import Capture
-from vigor.gradnorm.head import Counted, NoDecoder, counted_parts, find_decoder, hidden_states, logits_of
+from vigor.gradnorm.head import (
+    Counted,
+    NoDecoder,
+    counted_parts,
+    find_decoder,
+    hidden_states,
+    logits_of,
+    vocabulary_size,
+)
 from vigor.gradnorm.kept import Gradients
 from vigor.gradnorm.loop import without_prefix
 from vigor.gradnorm.norms import Norms
@@ -82,9 +90,7 @@ class Pass:
         inputs = {"input_ids": self.ids_BL, "attention_mask": self.attended_BL}
         self.output = hidden_states(self.model, self.decoder, inputs, self._paused)
         self.hidden_BLh = without_prefix(self.output.last_hidden_state, self.ids_BL.shape[1])
-        self.vocabulary = max(
-            (p.shape[0] for p in self.model.parameters() if p.ndim == 2 and p.is_floating_point()), default=1
-        )
+        self.vocabulary = vocabulary_size(self.model)
         self.parts = counted_parts(self.ids_BL, self.counted_BL, self.lengths, self.vocabulary)
         gradient_BLh = torch.zeros_like(self.hidden_BLh)
         for part in self.parts:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vigor.gradnorm.batched import Keep, OnLogits, Pass
 from vigor.gradnorm.capture import UnsupportedModule
 from vigor.gradnorm.diagnosis import where_gradients_differ, where_rows_differ
-from vigor.gradnorm.head import has_decoder
+from vigor.gradnorm.head import has_decoder, vocabulary_size
 from vigor.gradnorm.lengths import switches
 from vigor.gradnorm.loop import Accumulation, loop_gradients, loop_row
 from vigor.gradnorm.microbatches import LOGITS, micro_batches, most_tokens
@@ -82,11 +82,11 @@ class Engine:
         Raises:
             UnsupportedModule, SelfCheckFailed: unless the method is "auto", which then takes the loop.
         """
-        verdict = verdict_of(self.model, self.choice)
         if self.sharding is not None:
-            return self.run_together(self.sharding, verdict, method, micro_batch, self_check)
+            return self.run_together(self.sharding, method, micro_batch, self_check)
         if method == "loop" or self.settings.accumulation != "float32" or not self.rows:
             return self.loop()
+        verdict = verdict_of(self.model, self.choice)
         if method == "auto" and verdict.refused:
             return self.loop()
         try:
@@ -106,7 +106,6 @@ class Engine:
     def run_together(
         self,
         sharding: Sharding,
-        verdict: Verdict,
         method: Method,
         micro_batch: int | None,
         self_check: bool,
@@ -120,6 +119,7 @@ class Engine:
         if not rows:
             self.rows, self.settings = [idle_row(self.device)], replace(self.settings, on_logits=None)
         sharding.choose(self.parameters)
+        verdict = verdict_of(self.model, self.choice)
         with sharding.held():
             if method == "loop":
                 most = sharding.most(len(self.rows), self.device)
@@ -166,13 +166,16 @@ class Engine:
         """Many rows at a time; also what is to be compared with the loop."""
         results: dict[int, Result] = {}
         self.passes.clear()
-        batches = self.micro_batches(micro_batch)
         lengths = [len(row.ids_L) for row in self.rows]
-        counted = [int(row.completion_L.sum()) for row in self.rows]
+        apart = switches(self.model, max(lengths))
+        # The longest and the shortest, which are compared with the loop, stand last: a module that takes something from
+        # the rows before them does so there.
+        batches = [[*batch[1:], batch[0]] for batch in micro_batches(lengths, micro_batch, self.most_tokens(), apart)]
         due: list[Comparison] = []
         if verdict is not None:
-            most, company = WHOLE_LOGITS // self.vocabulary(), micro_batch is None
-            due = verdict.due(batches, lengths, counted, most=most, company=company, apart=self.apart())
+            counted = torch.stack([row.completion_L.sum() for row in self.rows]).tolist()
+            most, company = WHOLE_LOGITS // vocabulary_size(self.model), micro_batch is None
+            due = verdict.due(batches, lengths, counted, most=most, company=company, apart=apart)
         idle = 0 if self.sharding is None else self.sharding.most(len(batches), self.device) - len(batches)
         for batch in batches:
             scored = self.one_pass(batch, self.settings.norms(), self.settings.keep)
@@ -261,24 +264,6 @@ class Engine:
         found = self.one_pass(batch, Exact(), "keep", silent=True).row_gradients(at)
         name = where_gradients_differ(list(self.parameters), found, gradients)
         return f"the gradient of {name} is wrong, so that some module mixes the sequences of a batch after its use"
-
-    def micro_batches(self, micro_batch: int | None) -> list[list[int]]:
-        """Rows in runs that keep to the micro-batch, or to the bounds above.
-
-        The longest and the shortest, which are compared with the loop, stand last: a module that takes something from
-        the rows before them does so there.
-        """
-        lengths = [len(row.ids_L) for row in self.rows]
-        batches = micro_batches(lengths, micro_batch, self.most_tokens(), self.apart())
-        return [[*batch[1:], batch[0]] for batch in batches]
-
-    def apart(self) -> list[int]:
-        """Lengths that two rows of a micro-batch may not lie on either side of."""
-        return switches(self.model, max(len(row.ids_L) for row in self.rows))
-
-    def vocabulary(self) -> int:
-        """The most rows of a matrix, which the output embedding has."""
-        return max((shape[0] for p in self.model.parameters() if len(shape := whole_shape(p)) == 2), default=1)
 
     def most_tokens(self) -> int:
         """The bounds above, in tokens."""

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vigor.gradnorm.partitioned import whole_shape
+
 HEAD_LOGITS = 1 << 23
 """Most logits of one part of the head's work, unless a single sequence has more (32 MiB in float32)."""
 
@@ -45,6 +47,12 @@ def find_decoder(model: nn.Module) -> nn.Module:
     if not isinstance(decoder, nn.Module) or decoder is model:
         raise NoDecoder
     return decoder
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """The most rows of a matrix, which the output embedding has; weights packed into integers do not count."""
+    shapes = (whole_shape(p) for p in model.parameters() if p.is_floating_point())
+    return max((shape[0] for shape in shapes if len(shape) == 2), default=1)
 
 
 def hidden_states(
