@@ -172,13 +172,18 @@ def test_what_is_computed_from_the_batch_is_no_constant() -> None:
     constants.of_model(model, {id(model.weight)})
     assert constants.has(model.bias) and not constants.has(model.weight)
     x, zeros = torch.ones(2, 3), torch.zeros(2, 3)
-    constants.follow("zeros", (2, 3), {}, zeros, {})
+
+    def follow(func: Any, args: tuple[Any, ...], result: Any) -> None:
+        constants.follow(constants.judge(args, {})[1], func, args, result)
+
+    follow(torch.zeros, (2, 3), zeros)
     both = zeros + model.bias
-    constants.follow("add", (zeros, model.bias), {}, both, {})
+    follow(torch.add, (zeros, model.bias), both)
     of_batch = zeros + x
-    constants.follow("add", (zeros, x), {}, of_batch, {})
+    follow(torch.add, (zeros, x), of_batch)
+    assert constants.judge(([zeros, both], 1), {id(both)}) == (True, True)
     assert constants.has(zeros) and constants.has(both) and not constants.has(of_batch)
-    constants.follow("__setitem__", (zeros, 0, x), {}, None, {})
+    follow(Tensor.__setitem__, (zeros, 0, x), None)
     assert not constants.has(zeros) and constants.has(both)
 
 

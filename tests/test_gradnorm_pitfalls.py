@@ -121,13 +121,16 @@ def test_padding_that_changes_the_logits_fails_the_self_check() -> None:
 def test_picked_tokens_are_not_held_after_the_module_that_picked_them() -> None:
     """Or gradient checkpointing would save no memory in a mixture of experts."""
     tokens, index = Tokens(2, 3), torch.tensor([5, 0])
-    with tokens.module() as done:
+
+    def module() -> Tensor:
         picked = torch.ones(6, 4)[index]
         tokens.follow(Tensor.__getitem__, (torch.ones(6, 4), index), {}, picked)
         doubled = 2 * picked
         tokens.follow(Tensor.mul, (picked, 2), {}, doubled)
         assert len(tokens.marked) == 2
-        done(doubled)
+        return doubled
+
+    doubled = tokens.module(module)
     assert [x is doubled for x, _ in tokens.marked.values()] == [True]
     assert tokens.of(doubled).tolist() == [1, 0]  # type: ignore[union-attr]
 

@@ -6,7 +6,8 @@ table of 16 positions in a batch of 16 rows. What the model holds is constant, a
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,27 +39,36 @@ class Constants:
         """Whether a tensor, or the one that it is a view of, is known to be constant."""
         return id(x) in self.held or (x._base is not None and id(x._base) in self.held)
 
-    def follow(self, name: str, args: Any, kwargs: dict[str, Any], result: Any, known: dict[int, Any]) -> None:
-        """Notes the result of an operation on constants alone; what stems from chosen parameters (`known`) counts as
-        such where the result has no gradient."""
-        for x in args:
-            if isinstance(x, Tensor):
-                if id(x) not in self.held and id(x) not in known:
-                    return self._changed(name, args)
-            elif isinstance(x, list | tuple) and any(
-                isinstance(y, Tensor) and id(y) not in self.held and id(y) not in known for y in x
-            ):
-                return self._changed(name, args)
-        if kwargs and any(id(x) not in self.held and id(x) not in known for x in tensors_in(kwargs.values())):
-            return self._changed(name, args)
-        for x in tensors_in([result]):
-            if x.numel() <= SMALL or x._base is not None:
-                self.held[id(x)] = x
+    def judge(self, given: Iterable[Any], known: Container[int]) -> tuple[bool, bool]:
+        """Whether one of these arguments stems from chosen parameters (its id is `known`), and whether all others that
+        are tensors are constant. It runs for every operation of a model."""
+        held, concerned, constant = self.held, False, True
+        for x in given:
+            key = id(x)
+            if key in known:
+                concerned = True
+            elif key not in held:
+                if isinstance(x, Tensor):
+                    constant = False
+                elif isinstance(x, list | tuple):
+                    inner = self.judge(x, known)
+                    concerned, constant = concerned or inner[0], constant and inner[1]
+        return concerned, constant
 
-    def _changed(self, name: str, args: Any) -> None:
-        """An operation on tensors of the batch: what it writes to is constant no more."""
-        in_place = name in ("__setitem__", "__set__") or name.startswith("__i") or (name[-1:] == "_" != name[-2:-1])
-        if in_place and isinstance(args[0], Tensor):
+    def follow(self, constant: bool, func: Callable[..., Any], args: Any, result: Any) -> None:
+        """Notes the result of an operation on constants alone, and what an operation on others writes to."""
+        if constant:
+            for x in tensors_in([result]):
+                if x.numel() <= SMALL or x._base is not None:
+                    self.held[id(x)] = x
+        elif _writes(func) and isinstance(args[0], Tensor):  # it is constant no more
             self.held.pop(id(args[0]), None)
             if args[0]._base is not None:
                 self.held.pop(id(args[0]._base), None)
+
+
+@cache
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether an operation works in place."""
+    name = func.__name__
+    return name in ("__setitem__", "__set__") or name.startswith("__i") or (name[-1:] == "_" != name[-2:-1])

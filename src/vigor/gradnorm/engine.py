@@ -272,7 +272,7 @@ class Engine:
             self.device.type,
             sum(len(row.ids_L) for row in self.rows),
             sum(map(sum, matrices)),
-            held=self.settings.keep != "nothing",
+            whole=self.settings.keep != "nothing" or self.settings.norms is not Exact,
             checkpointing=any(m.training and vars(m).get("gradient_checkpointing") for m in self.model.modules()),
         )
         if has_decoder(self.model):

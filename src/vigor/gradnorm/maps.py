@@ -65,7 +65,7 @@ class Linear(torch.autograd.Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = (g @ (weight.mT if ctx.transposed else weight)).to(ctx.x_dtype)
-        return grad_x, None, None, torch.zeros_like(ctx.capture.anchor), None, None, None, None, None
+        return grad_x, None, None, None, None, None, None, None, None
 
 
 class Expert(torch.autograd.Function):
@@ -101,7 +101,7 @@ class Expert(torch.autograd.Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = (g @ (weight.mT if ctx.transposed else weight)).to(ctx.x_dtype)
-        return grad_x, None, torch.zeros_like(ctx.capture.anchor), None, None, None, None
+        return grad_x, None, None, None, None, None, None
 
 
 class Rows(torch.autograd.Function):
@@ -120,7 +120,7 @@ class Rows(torch.autograd.Function):
             d = d.masked_fill((ctx.flat == ctx.padding_idx)[..., None], 0.0)  # F.embedding gives that row no gradient
         with _without_autocast(g.device.type):
             ctx.capture.add_rows(ctx.tracked, ctx.flat, d)
-        return None, None, None, None, torch.zeros_like(ctx.capture.anchor), None, None
+        return None, None, None, None, None, None, None
 
 
 class Each(torch.autograd.Function):
@@ -134,7 +134,7 @@ class Each(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         ctx.capture.add_vector(ctx.tracked, g.reshape(len(g), -1))
-        return None, torch.zeros_like(ctx.capture.anchor), None, None
+        return None, None, None, None
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -144,5 +144,7 @@ def _without_autocast(kind: str) -> AbstractContextManager[Any]:
 
 def _own(x: Tensor) -> Tensor:
     """A tensor that autograd takes for no view, so that a model may change it in place: nothing here saves outputs."""
+    if not x._is_view():
+        return x
     own: Tensor = torch.ops.aten._unsafe_view.default(x, x.shape)
     return own

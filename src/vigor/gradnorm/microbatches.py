@@ -14,23 +14,24 @@ a micro-batch chosen by the library. It is to need less memory than a training s
 SPEED = {"cpu": (512, 2048)}
 """Tokens at which matrix products run near full speed, and at which nothing more is gained. More activations are
 allowed to reach the former anyway, and the latter where it is no more than half of the call's tokens and activations
-are not checkpointed. Elsewhere (2048, 4096)."""
+are not checkpointed, or the call is `whole`. Elsewhere (2048, 4096)."""
 ENOUGH, PADDING = 256, 0.15
 """Once a micro-batch holds this many tokens, the next longer row joins only if at most this share is padding."""
 
 
-def most_tokens(device: str, tokens: int, sides: int, *, held: bool, checkpointing: bool) -> int:
+def most_tokens(device: str, tokens: int, sides: int, *, whole: bool, checkpointing: bool) -> int:
     """Most tokens of a micro-batch that the library chooses, for a model that names its decoder.
 
     Args:
         device: its type.
         tokens: of all rows of the call.
         sides: inputs and outputs of all matrices together, for one token.
-        held: whether all micro-batches are held for the update anyway.
+        whole: whether the call may need the memory of a training step: where all micro-batches are held for the update
+            anyway, and for estimates, which are for speed.
         checkpointing: whether activations are computed again.
     """
     least, full = SPEED.get(device, (2048, 4096))
-    if not held:
+    if not whole:
         half = 0 if checkpointing else tokens // 2
         full = max(least, min(full, half))
     return min(TOKENS, max(full, ACTIVATIONS // max(1, sides)))

@@ -142,6 +142,7 @@ class Sketch:
         self.projections, self.seed = projections, seed
         self.tied: dict[int, tuple[Tensor, Tensor]] = {}
         """Of a matrix that is an embedding too, by the id of its uses: signs (q, k), projections (B, k, p) so far."""
+        self.table: Tensor | None = None
 
     def linear(
         self, squares_B: Tensor, uses: Uses, rows: slice, a_BTp: Tensor, g_BTq: Tensor, each_Bqp: Tensor | None
@@ -184,9 +185,14 @@ class Sketch:
         # 32 signs of one random number, 8 looked up at a time: drawn one by one they cost as much as the projections.
         words_qw = torch.empty(columns, -(-self.projections // 32), dtype=torch.int32, device=like.device)
         bytes_qb = words_qw.random_(-(2**31), 2**31, generator=generator).view(torch.uint8).int()
-        bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
-        table = wide((2 * bits - 1).to(like.dtype))
-        return F.embedding(bytes_qb, table).flatten(1)[:, : self.projections]
+        return F.embedding(bytes_qb, self._table(like)).flatten(1)[:, : self.projections]
+
+    def _table(self, like: Tensor) -> Float[Tensor, "256 8"]:
+        """The 8 signs of each byte."""
+        if self.table is None or self.table.device != like.device or self.table.dtype != wide(like[:0]).dtype:
+            bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
+            self.table = wide((2 * bits - 1).to(like.dtype))
+        return self.table
 
     def square(self, projected_Bkp: Tensor) -> Float[Tensor, " B"]:
         """The estimates."""

@@ -96,7 +96,8 @@ class Partition:
         with ExitStack() as stack:
             stack.enter_context(_without_hooks(self.model))
             self._settle()
-            stack.enter_context(_gathered(self.outer))
+            for parameter in self.outer:
+                stack.enter_context(_gathered([parameter]))
             stack.callback(self._release)
             for unit in self.units:
                 before = unit.register_forward_pre_hook(lambda module, _: self._make_whole(module), prepend=True)

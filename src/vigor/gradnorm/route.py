@@ -115,8 +115,7 @@ class _Wrapped:
         before, self.watch.module = self.watch.module, name
         if self.moving:
             self.watch.learn(chosen())
-        with self.watch.tokens.module() as done:
-            try:
-                return done(forward(*args, **kwargs))
-            finally:
-                self.watch.module = before
+        try:
+            return self.watch.tokens.module(forward, *args, **kwargs)
+        finally:
+            self.watch.module = before

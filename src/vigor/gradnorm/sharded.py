@@ -73,6 +73,12 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "tensor_model_parallel") and parameter.tensor_model_parallel:
+            raise UnsupportedModule(
+                f"gradient norm: {name} is a part of a weight: tensor parallelism (DeepSpeed's autotp_size, Megatron) "
+                "splits the sums that a norm is made of. Shard with FSDP2 or ZeRO-3 instead."
+            )
     if any(is_partitioned(p) for p in model.parameters()):
         return Sharding(model)
     sharded = next(((name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)), None)

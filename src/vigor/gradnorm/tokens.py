@@ -6,8 +6,7 @@ the mark; what may change the rows' order loses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from vigor.gradnorm.values import ARITHMETIC, tensors_in
 
 Sequences = Int[Tensor, " N"]
 
-PICKS = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
+PICKS = frozenset({Tensor.__getitem__, Tensor.index_select, torch.index_select})
 """What picks rows by an index."""
 _REORDER = frozenset({
     "sort", "argsort", "topk", "flip", "flipud", "roll", "gather", "scatter", "scatter_add", "scatter_reduce",
@@ -44,17 +43,14 @@ class Tokens:
         self.marked[id(x)] = x, sequence_N
         return x
 
-    @contextmanager
-    def module(self) -> Iterator[Callable[[Any], Any]]:
-        """Inside a submodule: of what it marks, only its output stays marked, so that nothing else is held."""
+    def module(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a submodule: of what it marks, only its output stays marked, so that nothing else is held."""
         before, self.marked = self.marked, dict(self.marked)
-
-        def done(output: Any) -> Any:
-            before.update((id(x), self.marked[id(x)]) for x in tensors_in([output]) if id(x) in self.marked)
-            return output
-
         try:
-            yield done
+            output = forward(*args, **kwargs)
+            if self.marked:
+                before.update((id(x), self.marked[id(x)]) for x in tensors_in([output]) if id(x) in self.marked)
+            return output
         finally:
             self.marked = before
 

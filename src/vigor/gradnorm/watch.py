@@ -13,7 +13,7 @@ gradient. An operation that is not routed leaves the parameter in the graph, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,11 +75,15 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.capture.paused:
             return func(*args, **kwargs)
-        if not self._concerns(args) and not (kwargs and self._concerns(kwargs.values())):
-            return self._plain(func, *args, **kwargs)
+        concerned, constant = self.constants.judge(args, self.known)
+        if kwargs:
+            more = self.constants.judge(kwargs.values(), self.known)
+            concerned, constant = concerned or more[0], constant and more[1]
+        if not concerned or not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+            self.constants.follow(constant, func, args, result)
+            return result if concerned else self._followed(func, args, kwargs, result)
         given = {id(x): x for x in tensors_in((*args, *kwargs.values()))}
-        if not torch.is_grad_enabled():
-            return self._followed(func, args, kwargs, func(*args, **kwargs))
         try:
             return self._operation(func, _name(func), args, kwargs, given)
         except NotRouted as error:
@@ -90,25 +94,19 @@ class Watch(TorchFunctionMode):
                 "parameters=."
             ) from error
 
-    def _concerns(self, given: Iterable[Any]) -> bool:
-        """Whether something is known of one of these arguments; it runs for every operation of the model."""
-        for x in given:  # noqa: SIM110  any() takes twice as long
-            if id(x) in self.known or (type(x) in (list, tuple) and self._concerns(x)):
-                return True
-        return False
-
     def _plain(self, func: Function, *args: Any, **kwargs: Any) -> Any:
         """An operation without chosen parameters."""
-        result = self._followed(func, args, kwargs, func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        _, constant = self.constants.judge((*args, *kwargs.values()), self.known)
+        self.constants.follow(constant, func, args, result)
+        return self._followed(func, args, kwargs, result)
+
+    def _followed(self, func: Function, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
+        """The result of an operation without chosen parameters, noted where something is known of it."""
         if self.tokens.marked or func in PICKS:
             self.tokens.follow(func, args, kwargs, result)
         if func is torch.eye or (self.eyes and func is F.linear and id(args[0]) in self.eyes):
             self.eyes[id(result)] = result
-        return result
-
-    def _followed(self, func: Function, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
-        """The result of an operation, noted where it is a constant."""
-        self.constants.follow(func.__name__, args, kwargs, result, self.known)
         return result
 
     def again(self, func: Function, *args: Any) -> Any:
@@ -145,10 +143,11 @@ class Watch(TorchFunctionMode):
             raise NotRouted("it is used in a linear map or an embedding too")
 
     def _operation(self, func: Function, name: str, args: Any, kwargs: Any, given: dict[int, Tensor]) -> Any:
-        for argument in _POSITIONAL.get(name, ())[len(args) :]:
-            if argument not in kwargs:
-                break
-            args, kwargs = (*args, kwargs[argument]), {k: v for k, v in kwargs.items() if k != argument}
+        if kwargs:
+            for argument in _POSITIONAL.get(name, ())[len(args) :]:
+                if argument not in kwargs:
+                    break
+                args, kwargs = (*args, kwargs[argument]), {k: v for k, v in kwargs.items() if k != argument}
         first, second, third = ([self.known.get(id(x)) for x in args[:3]] + [None] * 3)[:3]
         if name == "linear" and first is None and not isinstance(second, Copies) and self._is_batch(args[0]):
             return linear(self, args[0], second or args[1], *args[2:], product=False)
@@ -231,7 +230,8 @@ class Watch(TorchFunctionMode):
             return result if sequences[0] is None else self.tokens.mark(result, sequences[0])
         result = func(*args, **kwargs)
         if not any(x.requires_grad for x in tensors_in([result])):
-            return self._followed(func, args, kwargs, result)
+            self.constants.follow(self.constants.judge(given.values(), self.known)[1], func, args, result)
+            return result
         stray = [tuple(x.shape) for x in others if x.requires_grad and not self._is_constant(x)]
         if stray:
             raise NotRouted(f"the first axis of {stray[0]} is not the {self.capture.batch} sequences")
