@@ -336,7 +336,7 @@ def test_rows_on_either_side_of_the_original_context_are_not_mixed() -> None:
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     assert_exact(model, batch(6, 9), batch(6, 12), limit=1e-6, micro_batch=6)
-    assert micro_batches([9, 10, 11, 12], 4, 1000, [10]) == [[0, 1], [2, 3]]
+    assert micro_batches([9, 10, 11, 12], 4, 1000, 0, [10]) == [[0, 1], [2, 3]]
 
 
 def test_rows_beyond_a_dynamic_context_are_refused() -> None:

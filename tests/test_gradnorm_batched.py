@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -440,14 +441,32 @@ def test_a_float32_sum_over_a_large_matrix_keeps_its_digits() -> None:
 
 def test_micro_batches_hold_rows_of_like_length_within_the_bounds() -> None:
     lengths = [10] * 40 + [700, 710, 4000, 4100, 9000, 9100]
-    batches = micro_batches(lengths, None, 16_384)
+    batches = micro_batches(lengths, None, 16_384, 128)
     assert [b for batch in batches for b in batch] == list(range(len(lengths)))
     assert [[lengths[b] for b in batch] for batch in batches[1:]] == [[700, 710], [4000, 4100], [9000], [9100]]
-    mixed = [100, 300, 500, 1000, 1100, 2000]  # a few tokens may be padded; then longer rows wait
-    batches = micro_batches(mixed, None, 16_384)
-    assert [[mixed[b] for b in batch] for batch in batches] == [[100, 300], [500], [1000, 1100], [2000]]
-    assert [len(b) for b in micro_batches([9] * 5, 2, 16_384)] == [2, 2, 1]
-    assert [len(b) for b in micro_batches([1000] * 3, None, (1 << 28) // 150_000)] == [1, 1, 1]
+    assert [len(b) for b in micro_batches([9] * 5, 2, 16_384, 128)] == [2, 2, 1]
+    assert [len(b) for b in micro_batches([1000] * 3, None, (1 << 28) // 150_000, 128)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("own_cost", [0, 30, 200, 10_000])
+@pytest.mark.parametrize("apart", [[], [25]])
+def test_micro_batches_cost_no_more_than_any_other_runs(own_cost: int, apart: list[int]) -> None:
+    """Padding against passes: compared with all ways of cutting the sorted rows."""
+    lengths, most = [40, 9, 11, 30, 100, 12, 38, 110], 230
+
+    def cost(runs: list[list[int]]) -> float:
+        padded = [len(run) * max(run) for run in runs]
+        mixed = any(min(run) <= n < max(run) for run in runs for n in apart)
+        if mixed or any(tokens > most and len(run) > 1 for tokens, run in zip(padded, runs, strict=True)):
+            return float("inf")
+        return sum(padded) + own_cost * len(runs)
+
+    ascending = sorted(lengths)
+    cuts = [[0, *(i for i in range(1, 8) if bits >> i & 1), 8] for bits in range(0, 256, 2)]
+    ways = [[ascending[a:b] for a, b in pairwise(cut)] for cut in cuts]
+    found = [[lengths[b] for b in run] for run in micro_batches(lengths, None, most, own_cost, apart)]
+    assert sorted(n for run in found for n in run) == ascending
+    assert cost(found) == min(map(cost, ways))
 
 
 def test_a_micro_batch_is_at_most_half_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +478,7 @@ def test_a_micro_batch_is_at_most_half_of_the_call(monkeypatch: pytest.MonkeyPat
     def most_tokens(rows: int, keep: Any = "nothing") -> int:
         row = Row(ids, ids.bool(), ids)
         settings, chosen = engine.Settings(keep=keep), dict(model.named_parameters())
-        return engine.Engine(model, chosen, [row] * rows, settings, device=ids.device).most_tokens()
+        return engine.Engine(model, chosen, [row] * rows, settings, device=ids.device).bounds()[0]
 
     assert [most_tokens(rows) for rows in (1, 8, 16, 30, 50)] == [512, 512, 800, 1500, 2048]
     assert most_tokens(8, "keep") == most_tokens(8, "retain") == 2048

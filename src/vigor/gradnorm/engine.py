@@ -16,7 +16,7 @@ from vigor.gradnorm.diagnosis import where_gradients_differ, where_rows_differ
 from vigor.gradnorm.head import has_decoder, vocabulary_size
 from vigor.gradnorm.lengths import switches
 from vigor.gradnorm.loop import Accumulation, loop_gradients, loop_row
-from vigor.gradnorm.microbatches import LOGITS, micro_batches, most_tokens
+from vigor.gradnorm.microbatches import LOGITS, micro_batches, most_tokens, own_cost
 from vigor.gradnorm.norms import Exact, Norms
 from vigor.gradnorm.partitioned import whole_shape
 from vigor.gradnorm.sharded import Sharding, idle_row
@@ -170,7 +170,8 @@ class Engine:
         apart = switches(self.model, max(lengths))
         # The longest and the shortest, which are compared with the loop, stand last: a module that takes something from
         # the rows before them does so there.
-        batches = [[*batch[1:], batch[0]] for batch in micro_batches(lengths, micro_batch, self.most_tokens(), apart)]
+        runs = micro_batches(lengths, micro_batch, *self.bounds(), apart)
+        batches = [[*run[1:], run[0]] for run in runs]
         due: list[Comparison] = []
         if verdict is not None:
             counted = torch.stack([row.completion_L.sum() for row in self.rows]).tolist()
@@ -265,19 +266,20 @@ class Engine:
         name = where_gradients_differ(list(self.parameters), found, gradients)
         return f"the gradient of {name} is wrong, so that some module mixes the sequences of a batch after its use"
 
-    def most_tokens(self) -> int:
-        """The bounds above, in tokens."""
+    def bounds(self) -> tuple[int, int]:
+        """Most tokens of a micro-batch, and what each costs by itself, in tokens."""
         matrices = [shape for p in self.model.parameters() if len(shape := whole_shape(p)) == 2]
+        kind, sides = self.device.type, sum(map(sum, matrices))
         most = most_tokens(
-            self.device.type,
-            sum(len(row.ids_L) for row in self.rows),
-            sum(map(sum, matrices)),
+            kind,
+            len(self.rows) * max(len(row.ids_L) for row in self.rows),
+            sides,
             whole=self.settings.keep != "nothing" or self.settings.norms is not Exact,
             checkpointing=any(m.training and vars(m).get("gradient_checkpointing") for m in self.model.modules()),
         )
-        if has_decoder(self.model):
-            return most
-        return min(most, LOGITS // max((rows for rows, _ in matrices), default=1))
+        if not has_decoder(self.model):
+            most = min(most, LOGITS // max((rows for rows, _ in matrices), default=1))
+        return most, own_cost(kind, sides)
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -96,7 +96,7 @@ class Partition:
         with ExitStack() as stack:
             stack.enter_context(_without_hooks(self.model))
             self._settle()
-            for parameter in self.outer:
+            for parameter in self.outer:  # one by one: gloo takes as much again for what it is gathering
                 stack.enter_context(_gathered([parameter]))
             stack.callback(self._release)
             for unit in self.units:
