@@ -1,29 +1,32 @@
-"""Peak memory under FSDP2, two processes (gloo, CPU): what the norms and a training pass add to the shards at rest.
+"""Peak memory in parts, two processes (gloo, CPU): what the norms and a training pass add to the shards at rest.
 
-    python benchmarks/parallel_memory.py                        about 2 minutes; a part of benchmarks/parallel.py
+    python benchmarks/parallel_memory.py                        FSDP2: about 3 minutes; a part of benchmarks/parallel.py
+    python benchmarks/parallel_memory.py --sharding zero3       DeepSpeed ZeRO-3 (must be installed): about 6 minutes
 
 A training pass is a forward and a backward pass over the same rows, from no gradients to the shards of all gradients;
 the optimizer's step is left out. The loop is what the first call's self-check runs for one row. Models are wide and
-rows few, so that parameters decide. Peaks are the kernel's (VmHWM, reset before each pass), in processes that give
-freed memory back at once; the larger of two processes counts.
+rows few, so that parameters decide. Peaks are the kernel's (VmHWM, reset before each pass), in two processes of its own
+for each model, which give freed memory back at once; the larger of the two counts. DeepSpeed's shards of gradients are
+there from the start, so a training pass under ZeRO-3 does not add them.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 TOKENS = 16
 
@@ -41,6 +44,9 @@ class Case:
     units: str = "tail"
     """As in accelerate: embedding and head apart. "layers": both in the root's unit."""
     checkpointing: bool = False
+    sharding: str = "fsdp2"
+    """Or "zero3": with DeepSpeed's own bounds, as in TRL's zero3. "zero3, least": with bounds that let go of weights at
+    once and reduce few gradients at a time."""
 
 
 CASES = (
@@ -51,6 +57,18 @@ CASES = (
     Case("4 layers, large vocabulary, tied", layers=4, vocabulary=32000, tied=True),
     Case("4 layers, large vocabulary, head in the root's unit", layers=4, vocabulary=32000, units="layers"),
 )
+
+ZERO3_CASES = tuple(
+    replace(case, name=case.name + said, sharding=sharding)
+    for sharding, said in (("zero3", ""), ("zero3, least", ", least held"))
+    for case in CASES
+    if case.units == "tail"
+)
+BOUNDS = {
+    "zero3": {},
+    "zero3, least": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+                     "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 2**20},
+}  # fmt: skip
 
 
 def model_of(case: Case) -> Any:
@@ -86,7 +104,26 @@ def added(run: Callable[[], object], ready: Callable[[], None]) -> float:
     return float(peak)
 
 
-def passes(model: nn.Module, case: Case) -> dict[str, Callable[[], object]]:
+def in_parts(model: Any, case: Case) -> tuple[Any, Callable[[], None]]:
+    """The model of which each process holds a part, and what drops its gradients."""
+    import parallel
+
+    if case.sharding == "fsdp2":
+        parallel.shard(model, units=case.units)
+        return model, lambda: model.zero_grad(set_to_none=True)
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 3, **BOUNDS[case.sharding]},
+    }
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    return engine, engine.optimizer.zero_grad
+
+
+def passes(model: Any, case: Case) -> dict[str, Callable[[], object]]:
     from vigor.gradnorm import sequence_grad_norms
 
     torch.manual_seed(dist.get_rank())
@@ -99,7 +136,11 @@ def passes(model: nn.Module, case: Case) -> dict[str, Callable[[], object]]:
         logits_BLV = model(input_ids=ids_BL, attention_mask=attention_BL, use_cache=False).logits[:, 3:-1]
         logps = torch.log_softmax(logits_BLV, -1).gather(-1, ids_BL[:, 4:, None])
         del logits_BLV
-        (-logps.mean()).backward()
+        loss = -logps.mean()
+        if case.sharding == "fsdp2":
+            loss.backward()
+        else:
+            model.backward(loss)
 
     return {
         "norms": lambda: sequence_grad_norms(model, *rows, method="batched", self_check=False),
@@ -110,38 +151,34 @@ def passes(model: nn.Module, case: Case) -> dict[str, Callable[[], object]]:
 
 def work(folder: Path) -> None:
     """What each of the two processes runs."""
-    import parallel
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = []
-    for case in (Case(**given) for given in json.loads((folder / "cases.json").read_text())):
-        model = model_of(case)
-        numbers = sum(p.numel() for p in model.parameters()) * 4 / 2**20
-        if case.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        parallel.shard(model.train(), units=case.units)
-        runs = passes(model, case)
-        peaks = {name: added(run, lambda m=model: m.zero_grad(set_to_none=True)) for name, run in runs.items()}
-        found.append({"case": case.name, "weights": numbers, **peaks})
-        del model, runs
-        gc.collect()
+    case = Case(**json.loads((folder / "case.json").read_text()))
+    model = model_of(case).train()
+    numbers = sum(p.numel() for p in model.parameters()) * 4 / 2**20
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, ready = in_parts(model, case)
+    peaks = {name: added(run, ready) for name, run in passes(model, case).items()}
     if dist.get_rank() == 0:
-        (folder / "memory.json").write_text(json.dumps(found))
+        (folder / "memory.json").write_text(json.dumps({"case": case.name, "weights": numbers, **peaks}))
     dist.destroy_process_group()
 
 
 def measure(cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
     """MB that each pass adds, by case."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "65536",
-                   "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # fmt: skip
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-        done = subprocess.run([*command, folder], capture_output=True, text=True, env={**os.environ, **environment})
-        if done.returncode:
-            raise RuntimeError(done.stderr[-4000:])
-        found: list[dict[str, Any]] = json.loads((Path(folder) / "memory.json").read_text())
+                   "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    found: list[dict[str, Any]] = []
+    for case in cases:
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "case.json").write_text(json.dumps(asdict(case)))
+            argv, variables = [*command, "--work", folder], {**os.environ, **environment}
+            done = subprocess.run(argv, capture_output=True, text=True, env=variables)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-4000:])
+            found.append(json.loads((Path(folder) / "memory.json").read_text()))
     return found
 
 
@@ -156,7 +193,11 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        work(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sharding", choices=("fsdp2", "zero3"), default="fsdp2")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args.work)
     else:
-        print(table(measure()))
+        print(table(measure(CASES if args.sharding == "fsdp2" else ZERO3_CASES)))

@@ -7,6 +7,7 @@ that torchrun starts: `python tests/test_deepspeed.py FOLDER`.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,11 +186,13 @@ def after(rank: int, way: str) -> dict[str, Any]:
     }
 
 
-def made_in_parts(rank: int, folder: Path) -> float:
-    """A model that transformers loads into parts (`deepspeed.zero.Init`), as it does in a run with ZeRO-3."""
+def made_in_parts(rank: int, folder: Path) -> dict[str, float]:
+    """A model that transformers loads into parts (`deepspeed.zero.Init`), as it does in a run with ZeRO-3: the largest
+    error of its norms, and the bytes that a run would find room for before it trains it."""
     from transformers import Qwen2ForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from vigor.commands.train import _least_bytes
     from vigor.gradnorm import sequence_grad_norms
 
     rows = parallel.batch(rank)
@@ -199,11 +203,14 @@ def made_in_parts(rank: int, folder: Path) -> float:
     model = Qwen2ForCausalLM.from_pretrained(folder / "model")
     del config
     assert all(p.numel() == 0 for p in model.parameters())
+    job: Any = SimpleNamespace(checkpoint=None, model_args=SimpleNamespace(use_peft=False),
+                               args=SimpleNamespace(save_strategy="steps"))  # fmt: skip
+    least, _ = _least_bytes(job, SimpleNamespace(model=model))
     before = nn.functional.linear
     assert before is not torch._C._nn.linear  # ZeRO-3's
     found = sequence_grad_norms(engine_of(model, "ZeRO-3"), *rows, method="batched")
     assert nn.functional.linear is before
-    return float((found / reference("Qwen2, untied", rows) - 1).abs().max())
+    return {"error": float((found / reference("Qwen2, untied", rows) - 1).abs().max()), "least": least}
 
 
 def corners(rank: int) -> dict[str, Any]:
@@ -268,6 +275,23 @@ def memory(rank: int) -> dict[str, int]:
     return most
 
 
+def tensor_parallel() -> list[str]:
+    """What is said of a model in whose layers DeepSpeed splits weights. Comes last: it changes DeepSpeed's groups."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from vigor.gradnorm import UnsupportedModule, sequence_grad_norms
+
+    model = Qwen2ForCausalLM(Qwen2Config(**{**parallel.SIZE, "num_key_value_heads": 2}))
+    engine = engine_of(model, "ZeRO-2", tensor_parallel={"autotp_size": 2})
+    said = []
+    for each in (engine, engine.module):
+        try:
+            sequence_grad_norms(each, *parallel.batch(0))
+        except UnsupportedModule as error:
+            said.append(str(error))
+    return said
+
+
 def work(folder: Path) -> None:
     import deepspeed
 
@@ -280,6 +304,7 @@ def work(folder: Path) -> None:
         "corners": corners(rank),
         "memory": memory(rank),
         "made_in_parts": made_in_parts(rank, folder),
+        "tensor_parallel": tensor_parallel(),
     }
     write_results(folder, rank, results)
     dist.destroy_process_group()
@@ -340,8 +365,17 @@ def test_a_part_of_the_model_is_refused(results: list[dict[str, Any]]) -> None:
     assert all("deepspeed.initialize was given" in result["corners"]["refused"] for result in results)
 
 
+def test_tensor_parallel_layers_are_refused(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert len(result["tensor_parallel"]) == 2
+        assert all("q_proj.weight is a part of a weight: tensor" in said for said in result["tensor_parallel"])
+
+
 def test_a_model_made_in_parts_is_scored(results: list[dict[str, Any]]) -> None:
-    assert all(result["made_in_parts"] < 1e-5 for result in results)
+    whole = sum(p.numel() * p.element_size() for p in parallel.qwen2(tied=False).parameters())
+    for result in results:
+        assert result["made_in_parts"]["error"] < 1e-5
+        assert result["made_in_parts"]["least"] == 2 * whole  # model/ and a checkpoint
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -391,6 +425,17 @@ def test_another_precision_than_deepspeeds_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "has DeepSpeed compute in bf16" in done.stderr
     assert "--mixed_precision no" in done.stderr
+
+
+def test_tensor_parallelism_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    asked = {"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(asked))
+    argv = ["--config", "lab", "--deepspeed", str(tmp_path / "deepspeed.json"), "--use_cpu", "--dry_run"]
+    command = [sys.executable, "-m", "vigor", "train", *argv, "--output_dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 2
+    assert "the DeepSpeed configuration asks DeepSpeed for tensor parallelism" in done.stderr
 
 
 if __name__ == "__main__":

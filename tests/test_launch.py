@@ -196,6 +196,7 @@ def two_have_run(tmp_path: Path, script: str, before: str = "") -> None:
     """Runs a shell script with this Python's commands first in the path; one run of two processes must come of it."""
     path = f"{before}{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["TMPDIR"] = str(tmp_path)  # torchrun leaves a folder there
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "environment.json").read_text("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from transformers.distributed import DistributedConfig
 
 from vigor.demands import check_policy
 from vigor.gradnorm import UnsupportedModule, fused_grad_norms, sequence_grad_norms
+from vigor.launch import read_launch
 from vigor.rewards import get
 from vigor.trainer import VigorTrainer
 
@@ -63,6 +65,16 @@ def test_tensor_parallel_layers_inside_fsdp_are_refused() -> None:
         sequence_grad_norms(model, *BATCH, method="batched")
     with pytest.raises(UnsupportedModule, match=r"mlp.up_proj.weight is sharded in another way"):
         sequence_grad_norms(model, *BATCH, method="loop")
+
+
+def test_parts_of_weights_that_are_plain_tensors_are_refused() -> None:
+    """As DeepSpeed and Megatron-LM leave them; tests/test_deepspeed.py has DeepSpeed's own."""
+    model = qwen2()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.tensor_model_parallel = True
+        layer.mlp.gate_proj.weight.tensor_model_parallel = False
+    with pytest.raises(UnsupportedModule, match=r"0.mlp.up_proj.weight is a part of a weight: tensor parallelism"):
+        sequence_grad_norms(model, *BATCH)
 
 
 def test_a_root_that_is_no_unit_is_refused() -> None:
@@ -143,6 +155,37 @@ def test_megatron_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_what_the_settings_split_is_refused_before_a_model_is_loaded(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(tp_size|tp_plan|distributed_config).*leaves each process a part"):
         config(tmp_path, **settings)
+
+
+def accelerates_file(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The flags of a launch by a file of accelerate's, which names one of DeepSpeed's."""
+    (folder / "deepspeed.json").write_text(json.dumps(config), "utf-8")
+    named = f"deepspeed_config: {{deepspeed_config_file: {folder / 'deepspeed.json'}}}\n"
+    (folder / "mine.yaml").write_text("distributed_type: DEEPSPEED\nnum_processes: 2\n" + named, "utf-8")
+    return ["--accelerate_config", str(folder / "mine.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, r"tensor parallelism \(tensor_parallel.autotp_size = 2\).*ZeRO-3"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 4}}, r"expert parallelism \(.*autoep_size = 4\)"),
+        ({"sequence_parallel_size": 2}, r"sequence parallelism \(sequence_parallel_size = 2\)"),
+    ],
+)
+def test_what_deepspeeds_file_splits_is_refused_before_a_model_is_loaded(
+    asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"deepspeed.json asks DeepSpeed for " + message):
+        read_launch(accelerates_file(tmp_path, {"zero_optimization": {"stage": 1}, **asked}))
+
+
+def test_the_stage_is_that_of_deepspeeds_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)  # as if DeepSpeed were installed
+    whole = {"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1}
+    assert read_launch(accelerates_file(tmp_path, {"zero_optimization": {"stage": 3}, **whole})).zero_stage == 3
+    with pytest.raises(ValueError, match=r"deepspeed_config_file: .*deepspeed.json has no entry 'zero_optimization'"):
+        read_launch(accelerates_file(tmp_path, whole))
 
 
 def test_a_parallelism_of_whole_models_is_accepted(tmp_path: Path) -> None:

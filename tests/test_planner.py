@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from vigor.cli import main
 from vigor.commands.arguments import TrainArguments
 from vigor.flops import MODELS, adapter_cost, cost
 from vigor.planner.gpus import GIB, GPUS, Machine, closest
-from vigor.planner.memory import Setup, Work, memory_of
+from vigor.planner.memory import Setup, Work, memory_of, norm_tokens
 from vigor.planner.model import Model, read_model
 from vigor.planner.search import all_plans, best_plan, evaluate, fits, least_needed, remedies, setups
-from vigor.planner.times import ASSUMED, times_of
+from vigor.planner.times import ASSUMED, Times, times_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -84,6 +85,7 @@ def test_what_is_no_decoder_with_attention_is_refused(tmp_path: Path) -> None:
         ("ddp", {"weights": 2, "gradients": 2, "optimizer (AdamW)": 4, "communication buffers": 2}),
         ("zero1", {"weights": 2, "gradients": 2, "optimizer (AdamW, float32 weights)": 12 / 4}),
         ("zero2", {"weights": 2, "gradients": 2 / 4, "optimizer (AdamW, float32 weights)": 12 / 4}),
+        ("zero3", {"weights": 2 / 4, "gradients": 2 / 4, "optimizer (AdamW, float32 weights)": 12 / 4}),
         ("fsdp2", {"weights": 4 / 4, "gradients": 4 / 4, "optimizer (AdamW)": 8 / 4}),
     ],
 )
@@ -97,6 +99,35 @@ def test_gradients_of_several_micro_batches_wait_whole_under_fsdp2(large: Model)
     one, several = (memory_of(large, WORK, Setup(4, 1, n, True, "fsdp2")).resident for n in (1, 8))
     assert several.keys() - one.keys() == {"gradients before their reduction"}
     assert several["gradients before their reduction"] == 2 * large.parameters
+
+
+def test_zero3_holds_gathered_weights_and_a_bucket_but_no_whole_gradients(large: Model, small: Model) -> None:
+    one, several = (memory_of(large, WORK, Setup(4, 1, n, True, "zero3")).resident for n in (1, 8))
+    assert one == several
+    assert one["communication buffers"] == 2 * 500_000_000
+    medium = read_model("Qwen/Qwen2.5-3B")
+    for model, numbers in (
+        (small, small.parameters),
+        (medium, 1_000_000_000 + medium.layer),  # DeepSpeed's bound, in training
+        (large, large.layer + large.outer),  # the norms' pass
+    ):
+        assert memory_of(model, WORK, Setup(4, 1, 1, True, "zero3")).resident["gathered weights"] == 2 * numbers
+
+
+def test_zero3_moves_more_than_fsdp2_and_gathers_once_to_sample(large: Model) -> None:
+    machine = Machine(dataclasses.replace(GPUS["H100"], link=2000), 8)
+
+    def times(sharding: str, sampler: str = "server") -> Times:
+        return times_of(large, WORK, Setup(8, 1, 16, True, sharding, sampler), machine, ASSUMED)
+
+    push = times("fsdp2").communication  # on such links computing hides all else
+    assert push == pytest.approx(2 * large.parameters / (machine.link(8) * ASSUMED.links))
+    weights = 2 * large.parameters * 7 / 8 / (machine.link(8) * ASSUMED.links)
+    rows = norm_tokens(large, WORK, Setup(8, 1, 16, True), device="cuda") // WORK.length
+    rounds = math.ceil(16 / rows)
+    assert times("zero3").communication == pytest.approx(push + 2 * rounds * weights)
+    sampled = [times(sharding, "transformers").generation for sharding in ("fsdp2", "zero3")]
+    assert sampled[0] - sampled[1] == pytest.approx((WORK.completion_length - 1) * push)
 
 
 def test_adapters_train_their_own_parameters_in_float32(adapters: Model, large: Model) -> None:
@@ -150,6 +181,22 @@ def test_the_best_fits_and_nothing_that_fits_is_clearly_faster(large: Model) -> 
 def test_a_small_model_needs_no_sharding(small: Model) -> None:
     best = best_plan(small, WORK, Machine(GPUS["H100"], 4), ASSUMED, ["colocate"])
     assert best is not None and best.setup.sharding == "ddp" and best.setup.tensor_parallel == 1
+
+
+def test_zero3_is_taken_where_it_wins_and_fsdp2_where_both_do(
+    large: Model, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    medium = read_model("Qwen/Qwen2.5-1.5B")
+    for model, gpu, gpus, mean, equal in ((large, "H100", 8, 1536, False), (medium, "A100-40GB", 2, 3072, True)):
+        work = Work(64, 8, 512, 3072, mean)
+        plans = all_plans(model, work, Machine(GPUS[gpu], gpus), ASSUMED, ["colocate"])
+        zero3 = min(plan.times.step for plan in plans if plan.setup.sharding == "zero3")
+        assert plans[0].setup.sharding == "fsdp2"
+        assert (zero3 <= 1.03 * min(plan.times.step for plan in plans)) is equal
+    argv = ("--model", "Qwen/Qwen2.5-7B", "--gpus", "8", "--gpu", "A100-40GB", "--samplers", "colocate")
+    status, out, _ = run(capsys, *argv, "--prompts_per_step", "64", "--max_completion_length", "3072")
+    assert status == 0 and "--accelerate_config zero3" in out
+    assert "why ZeRO-3    FSDP2, which needs no DeepSpeed, needs at least " in out
 
 
 def test_more_of_anything_takes_longer(large: Model) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar, get_args
 import torch
 from trl import GRPOConfig
 
-from vigor.launch import asked_sizes, check_sizes
+from vigor.launch import asked_sizes, check_deepspeed, check_sizes
 from vigor.rewards.compose import Schedule
 
 FUSED = ("auto", "keep", "retain", "off")
@@ -183,6 +183,8 @@ class VigorConfig(GRPOConfig):
             asked_sizes(self.parallelism_config), self.world_size, shards=switched["FSDP"],
             megatron=switched["MEGATRON_LM"], where="accelerate's parallelism_config",
         )  # fmt: skip
+        if self.deepspeed_plugin is not None:
+            check_deepspeed(self.deepspeed_plugin.deepspeed_config, "the DeepSpeed configuration")
         init = self.model_init_kwargs or {}
         if split := [n for n in ("tp_plan", "tp_size", "distributed_config", "device_mesh") if init.get(n) is not None]:
             raise ValueError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vigor.reading import ReadError, read_settings
+from vigor.reading import ReadError, read_json, read_settings
 
 FLAGS = (
     "accelerate_config", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
@@ -24,6 +24,11 @@ FLAGS = (
 """What `vigor train` hands to accelerate, each with a value; anything else stands in a configuration file."""
 _STARTS = ("accelerate_config", "num_processes", "num_machines")
 _SPLITS = {"tp_size": "tensor parallelism", "cp_size": "context parallelism", "sp_size": "sequence parallelism"}
+_DEEPSPEED_SPLITS = {
+    ("tensor_parallel", "autotp_size"): "tensor parallelism",
+    ("expert_parallel", "autoep_size"): "expert parallelism",
+    ("sequence_parallel_size",): "sequence parallelism",
+}
 _SIZES = ("dp_replicate_size", "dp_shard_size", *_SPLITS)
 _PREFIX = "parallelism_config_"
 
@@ -87,7 +92,7 @@ def read_launch(argv: Sequence[str]) -> Launch:
     check_sizes(sizes, processes, shards=kind == "FSDP", megatron=kind == "MEGATRON_LM", where=str(path))
     stage = 0
     if kind == "DEEPSPEED":
-        stage = int((settings.get("deepspeed_config") or {}).get("zero_stage", 2))
+        stage = _zero_stage(settings.get("deepspeed_config") or {})
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
                 f"--accelerate_config {name} needs DeepSpeed, which is not installed: pip install "
@@ -139,6 +144,47 @@ def check_sizes(sizes: Mapping[str, int], processes: int, *, shards: bool, megat
             f"{where} asks for dp_replicate_size {replicas} × dp_shard_size {parts} = {replicas * parts} processes, "
             f"and {processes} are started. Make the product {processes}, with FSDP a dp_shard_size of at least 2."
         )
+
+
+def check_deepspeed(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a DeepSpeed configuration that leaves layers or rows in parts, before a model is loaded.
+
+    Args:
+        config: as DeepSpeed reads it.
+        where: what holds it.
+
+    Raises:
+        ValueError: tensor, expert or sequence parallelism.
+    """
+    for path, how in _DEEPSPEED_SPLITS.items():
+        size: Any = config
+        for key in path:
+            size = size.get(key) if isinstance(size, Mapping) else None
+        if isinstance(size, int) and size > 1:
+            raise ValueError(
+                f"{where} asks DeepSpeed for {how} ({'.'.join(path)} = {size}), which leaves each process a part of "
+                "the layers or rows: a gradient norm is made of sums over them, and each process samples completions "
+                "of its own. Take it out, and let ZeRO-3 (zero_optimization.stage 3) shard instead."
+            )
+
+
+def _zero_stage(asked: Mapping[str, Any]) -> int:
+    """The stage that accelerate's `deepspeed_config` asks for, or the file of DeepSpeed's that it names.
+
+    Raises:
+        ValueError: that file cannot be read, or asks for what `check_deepspeed` refuses.
+    """
+    stage = asked.get("zero_stage", 2)
+    if asked.get("deepspeed_config_file", "none") == "none":
+        return int(stage)
+    path = Path(asked["deepspeed_config_file"])
+    try:
+        config = read_json(path, {"zero_optimization": {"stage?": (int, str)}})
+    except (OSError, ReadError) as error:
+        raise ValueError(f"deepspeed_config_file: {error}") from error
+    check_deepspeed(config, str(path))
+    written = config["zero_optimization"].get("stage", 0)
+    return int(stage if written == "auto" else written)
 
 
 def asked_sizes(config: Any) -> dict[str, int]:

@@ -210,9 +210,11 @@ def _run(job: Job) -> int:
 
 def _least_bytes(job: Job, trainer: Any) -> tuple[int, str]:
     """Bytes that are certainly written, and what they are: the trained weights once, and once more in a checkpoint."""
+    from vigor.gradnorm.partitioned import whole_shape
+
     adapter = job.model_args.use_peft
     weights = [p for p in trainer.model.parameters() if p.requires_grad or not adapter]
-    size = sum(p.numel() * p.element_size() for p in weights)
+    size = sum(whole_shape(p).numel() * p.element_size() for p in weights)
     if job.checkpoint is None and job.args.save_strategy != "no":
         return 2 * size, "model/ and one checkpoint"
     return size, "the weights in model/"

@@ -21,13 +21,20 @@ from vigor.gradnorm.squares import BLOCK
 from vigor.gradnorm.vocabulary import SLICE_LOGITS, WHOLE_LOGITS
 from vigor.planner.model import Model
 
-SHARDINGS = ("none", "ddp", "zero1", "zero2", "fsdp2")
+SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+WHOLLY = ("zero3", "fsdp2")
+"""Those that leave a process a part of the weights."""
 HEAD_TILE = (4096, 32_768)
 """Tokens and vocabulary of a tile of the head in TRL's loss (trl/kernels/chunked_logprob.py)."""
 CAUTION = 1.3
 """Activations, logits and caches are formulas: a set-up must fit even if they are so much larger."""
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size: gradients that are reduced together."""
+ZERO_LIVE = 1_000_000_000
+"""DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters: weights that ZeRO-3 keeps whole for their next
+use, those that it gathers ahead included. TRL's zero3 sets no others."""
+ZERO_GROUP = 1_000_000_000
+"""DeepSpeed's sub_group_size: parameters that ZeRO-3 steps together."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,10 @@ def memory_of(model: Model, work: Work, setup: Setup, *, device: str = "cuda", g
             phases = {"generation (vLLM)": vllm, **phases}
         else:
             held["vLLM"] = vllm
+    if setup.sharding.startswith("zero"):
+        part = model.trainable // setup.processes
+        stepped = min(part, ZERO_GROUP) if setup.sharding == "zero3" else part
+        phases["optimizer's step (float32 gradients)"] = 4 * stepped
     if work.fused in ("keep", "retain"):
         phases["update (fused: held for the whole batch)"] = fused_update_bytes(
             model, work, setup, work.fused, device=device
@@ -149,6 +160,16 @@ def _resident(model: Model, work: Work, setup: Setup) -> dict[str, int]:
             "gradients": trained * c // (n if setup.sharding == "zero2" else 1),
             "optimizer (AdamW, float32 weights)": 12 * trained // n,
             "communication buffers": min(ZERO_BUCKET, trained) * c,
+        }
+    elif setup.sharding == "zero3":
+        c = work.compute_bytes
+        live = max(min(P, ZERO_LIVE + model.layer), model.layer + model.outer)  # in training; in the norms' pass
+        held = {
+            "weights": P * c // n,
+            "gradients": trained * c // n,
+            "optimizer (AdamW, float32 weights)": 12 * trained // n,
+            "gathered weights": live * c,
+            "communication buffers": ZERO_BUCKET * c,  # made whole at once, however few gradients there are
         }
     elif setup.sharding == "fsdp2":
         frozen = (P - trained) * size  # under mixed precision accelerate makes trained parameters float32
@@ -171,7 +192,7 @@ def _resident(model: Model, work: Work, setup: Setup) -> dict[str, int]:
         if setup.sharding == "ddp":
             held["communication buffers"] = trained * own
     if work.beta > 0 and not model.rank:
-        held["reference model"] = P * size // (n if setup.sharding == "fsdp2" else 1)
+        held["reference model"] = P * size // (n if setup.sharding in WHOLLY else 1)
     return held
 
 
@@ -208,7 +229,7 @@ def reward_bytes(model: Model, work: Work, setup: Setup, *, device: str, fused: 
     rows = max(1, norm_tokens(model, work, setup, device=device, fused=fused) // work.length)
     tokens = min(rows, setup.rows * setup.accumulation) * work.length
     products = 4 * tokens * max(m.p + m.q for m in matrices(s)[:-1]) + 2 * 4 * BLOCK
-    whole = fused or setup.sharding == "fsdp2"
+    whole = fused or setup.sharding in WHOLLY
     head = _norms_head(s, work, tokens, c, whole=whole)
     return _backward_peak(model, tokens, c, head, products, checkpointing=setup.checkpointing)
 
@@ -228,7 +249,7 @@ def _norms_head(s: Shape, work: Work, tokens: int, c: int, *, whole: bool) -> in
 def norm_tokens(model: Model, work: Work, setup: Setup, *, device: str, fused: bool = False) -> int:
     """Tokens of a micro-batch of the norms."""
     tokens = setup.rows * setup.accumulation * work.length
-    return most_tokens(device, tokens, _matrix_sides(model), held=fused, checkpointing=setup.checkpointing)
+    return most_tokens(device, tokens, _matrix_sides(model), whole=fused, checkpointing=setup.checkpointing)
 
 
 @cache
@@ -249,7 +270,7 @@ def _generation_bytes(model: Model, work: Work, setup: Setup) -> int:
     """transformers' generate on all of a generation's rows: cache, the prompts' pass, and float32 logits of a step."""
     s, rows = model.shape, setup.rows * setup.accumulation
     prompts = rows * work.prompt_length * 2 * s.intermediate * work.compute_bytes
-    gathered = model.parameters * work.compute_bytes if setup.sharding == "fsdp2" else 0
+    gathered = model.parameters * work.compute_bytes if setup.sharding in WHOLLY else 0
     return rows * (kv_bytes(s, work.length, work.compute_bytes) + s.vocabulary * 12) + prompts + gathered
 
 
@@ -277,7 +298,7 @@ def _fused_row(model: Model, length: int, counted: int, c: int, checkpointing: b
 def rung_of(work: Work, setup: Setup, memory: Memory, free: int) -> Rung:
     """The fused update that the trainer would choose (see vigor.fusion), with so many bytes free."""
     blocked = tokenwise = None
-    if setup.sharding in ("zero1", "zero2", "fsdp2"):
+    if setup.sharding not in ("none", "ddp"):
         blocked = "FSDP and DeepSpeed reduce gradients in a backward pass of their own"
     elif work.iterations > 1:
         blocked = f"completions are trained on {work.iterations} times"

@@ -22,8 +22,8 @@ EQUAL = 0.03
 MOST_GPUS = 1024
 SHORTEST = 256
 """Where the search for more GPUs and for shorter completions ends."""
-_SIMPLE = {"none": 0, "ddp": 1, "fsdp2": 2, "zero2": 3, "zero1": 4}
-"""FSDP2 comes with torch; DeepSpeed is one more dependency."""
+_SIMPLE = {"none": 0, "ddp": 1, "fsdp2": 2, "zero2": 3, "zero1": 4, "zero3": 5}
+"""FSDP2 comes with torch; DeepSpeed is one more dependency, and its stage 3 moves the most over the links."""
 
 
 @dataclass(frozen=True)

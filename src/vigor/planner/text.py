@@ -15,9 +15,10 @@ _SHARDED = {
     "ddp": "DDP",
     "zero1": "DeepSpeed ZeRO-1",
     "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
     "fsdp2": "FSDP2",
 }
-_CONFIG = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "fsdp2": "fsdp2"}
+_CONFIG = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 
 
 def train_flags(plan: Plan, machine: Machine, dtype: str) -> list[str]:
@@ -94,6 +95,7 @@ def report(plan: Plan, others: Sequence[Plan], counts: tuple[int, int], machine:
     lines = [
         f"set-up        {described(plan.setup)}",
         f"why           the simplest of the fastest of {counts[0]} set-ups that fit, of {counts[1]} tried",
+        *_why_not_fsdp2(plan, others, limit),
         f"memory        about {memory.peak / GIB:.1f} GiB a GPU; {plan.needed:.1f} of {limit:g} with what is assumed",
         *(
             f"              {size / GIB:>8.2f} GiB  {name}"
@@ -119,6 +121,23 @@ def report(plan: Plan, others: Sequence[Plan], counts: tuple[int, int], machine:
             "and ZeRO keep one"
         )
     return [*lines, *sureness(rates)]
+
+
+def _why_not_fsdp2(plan: Plan, others: Sequence[Plan], limit: float) -> list[str]:
+    """Why DeepSpeed is worth installing, where ZeRO-3 was chosen: FSDP2 needs nothing more and leaves as little."""
+    rivals = [other for other in others if other.setup.sharding == "fsdp2"]
+    if plan.setup.sharding != "zero3" or not rivals:
+        return []
+    if fitting := [each for each in rivals if each.needed <= limit]:
+        result = f"takes {_seconds(min(each.times.step for each in fitting))}"
+    else:
+        result = f"needs at least {min(each.needed for each in rivals):.1f} GiB"
+    reason = (
+        "it gathers all weights for each token that transformers samples, ZeRO-3 once"
+        if plan.setup.sampler == "transformers"
+        else "it holds whole gradients until the last micro-batch of a step, ZeRO-3 reduces them after each"
+    )
+    return [f"why ZeRO-3    FSDP2, which needs no DeepSpeed, {result}: {reason}"]
 
 
 def sureness(rates: Rates) -> list[str]:

@@ -86,8 +86,8 @@ def times_of(model: Model, work: Work, setup: Setup, machine: Machine, rates: Ra
     corrects = setup.sampler != "transformers" and work.correction
     passes = (work.beta > 0) + (corrects or work.iterations > 1)
     reference = rows * passes * c.forward / (peak * rates.training)
-    exchange = _exchange(model, work, setup, machine, rates)
-    hidden = reward + reference + update if setup.sharding == "fsdp2" else update
+    exchange, waited = _exchange(model, work, setup, machine, rates)
+    hidden = update + {"fsdp2": reward + reference, "zero3": reference}.get(setup.sharding, 0.0)
     push = 0.0
     if setup.sampler != "transformers":
         n = setup.processes if setup.sampler == "colocate" else machine.in_one + 1
@@ -97,7 +97,7 @@ def times_of(model: Model, work: Work, setup: Setup, machine: Machine, rates: Ra
         reward=reward,
         reference=reference,
         update=update,
-        communication=max(0.0, exchange - hidden / 2) + push,
+        communication=max(0.0, exchange - hidden / 2) + waited + push,
     )
 
 
@@ -124,15 +124,20 @@ def generation_seconds(model: Model, work: Work, setup: Setup, machine: Machine,
     cache = running * alive * kv_bytes(s, 1, c) * context
     operations = 2 * model.parameters * running * alive / (machine.gpu.tflops * 1e12 * rates.training * group)
     token = max((weights + cache) / share, operations, rates.engine) + rates.group * s.layers * (group > 1)
+    once = 0.0
     if setup.sampler == "transformers":
         cache = running * kv_bytes(s, 1, c) * context  # finished sequences are padded until the last one ends
         token = max((weights + cache) / share, operations / alive, rates.token * s.layers)
-        if setup.sharding == "fsdp2" and setup.processes > 1:
-            token += weights / (machine.link(setup.processes) * rates.links)  # gathered anew for each token
+        gathered = weights / (machine.link(setup.processes) * rates.links)
+        if setup.sharding == "fsdp2":
+            token += gathered  # anew for each token
+        elif setup.sharding == "zero3":
+            once = gathered  # by TRL, all weights (ds3_gather_for_generation)
     prefill = running * waves * 2 * model.parameters * work.prompt_length
     if setup.sampler != "transformers":
         prefill /= work.generations  # a prompt's cache is shared by its group
-    return waves * work.completion_length * token + prefill / (machine.gpu.tflops * 1e12 * rates.training * group)
+    computed = prefill / (machine.gpu.tflops * 1e12 * rates.training * group)
+    return once + waves * work.completion_length * token + computed
 
 
 def cache_room(model: Model, setup: Setup, machine: Machine) -> float:
@@ -148,23 +153,27 @@ def concurrent(model: Model, work: Work, setup: Setup, machine: Machine) -> floa
     return max(1.0, cache_room(model, setup, machine) / (kv_bytes(model.shape, 1, 2) * context))
 
 
-def _exchange(model: Model, work: Work, setup: Setup, machine: Machine, rates: Rates) -> float:
-    """Seconds of all gradient and weight traffic of a step."""
+def _exchange(model: Model, work: Work, setup: Setup, machine: Machine, rates: Rates) -> tuple[float, float]:
+    """Seconds of all gradient and weight traffic of a step: what computing may hide, and what it waits for."""
     n = setup.processes
     if n == 1:
-        return 0.0
+        return 0.0, 0.0
     link = machine.link(n) * rates.links
     part = (n - 1) / n
     c = work.compute_bytes
     rounds = setup.accumulation * work.iterations
     if setup.sharding == "ddp":
-        return 2 * part * model.trainable * work.weight_bytes / link
+        return 2 * part * model.trainable * work.weight_bytes / link, 0.0
     if setup.sharding in ("zero1", "zero2"):
         reductions = rounds if setup.sharding == "zero2" else 1
-        return part * (reductions * model.trainable * c + model.parameters * c) / link
+        return part * (reductions * model.trainable * c + model.parameters * c) / link, 0.0
     norm_rounds = math.ceil(setup.rows * setup.accumulation * work.length / _whole_rows(model, work, setup))
-    gathers = 2 * (rounds + norm_rounds)
-    return part * (gathers * model.parameters + model.trainable) * c / link
+    training = part * 2 * rounds * model.parameters * c / link  # forward, and backward
+    norms = part * 2 * norm_rounds * model.parameters * c / link
+    reduced = part * model.trainable * c / link
+    if setup.sharding == "zero3":  # each micro-batch is reduced; the norms' pass gathers a layer when it is wanted
+        return training + rounds * reduced, norms
+    return training + norms + reduced, 0.0
 
 
 def _whole_rows(model: Model, work: Work, setup: Setup) -> int:
