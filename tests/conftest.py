@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -11,16 +12,25 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from helpers_checked import jaxtyped
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 
 # Before vigor is imported: functions of these modules then check the shapes and dtypes that they declare.
+jaxtyping.jaxtyped = jaxtyped
 jaxtyping.install_import_hook(
     ["vigor.gradnorm", "vigor.groupmetrics", "vigor.rollouts", "vigor.shaping", "vigor.signals", "vigor.tokenstats"],
     "beartype.beartype",
 )
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What lives on between files is no garbage: the collector, which each training run calls, looks at it no more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +48,15 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Reports with empty charts."""
+    from helpers_report import empty_charts
+
+    with empty_charts():
+        yield
 
 
 @pytest.fixture(scope="session")

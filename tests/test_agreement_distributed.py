@@ -1,6 +1,6 @@
 """Two processes give the agreement and reference rewards of one, with groups and pairs split between them.
 
-As a program (`torchrun`): `test_agreement_distributed.py FOLDER` is one process of a run.
+As a program: `test_agreement_distributed.py FOLDER` is one process of a run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers_distributed import torchrun
+from helpers_distributed import forked
 from helpers_trainer import dataset, lab_tokenizer, table, trainer
 from transformers import TrainerCallback
 
@@ -103,7 +103,7 @@ def work(folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     alone, together = (tmp_path_factory.mktemp(name) for name in ("alone", "together"))
     work(alone)
-    done = torchrun(__file__, together)
+    done = forked(__file__, together)
     assert done.returncode == 0, done.stderr[-3000:]
     return alone, together
 

@@ -1,6 +1,6 @@
 """Two processes (gloo, CPU): one checkpoint, one decision to stop or to leave out, and the same run after a resume.
 
-This file is also the worker that torchrun starts: `python tests/test_checkpoint_distributed.py FOLDER`.
+This file is also the program of the two: `python tests/test_checkpoint_distributed.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_distributed import forked
 from helpers_trainer import dataset, table, trainer, weights
 
 from vigor import checkpoint
@@ -134,12 +134,7 @@ def work(root: Path) -> None:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     root = tmp_path_factory.mktemp("two")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         __file__, str(root)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
+    done = forked(__file__, root, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return root, [torch.load(root / f"found-{rank}.pt", weights_only=True) for rank in (0, 1)]
 

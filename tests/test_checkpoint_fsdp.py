@@ -1,6 +1,6 @@
 """FSDP2 in two processes (gloo, CPU): a resumed run is the uninterrupted one, with state dicts whole and in parts.
 
-This file is also the worker that torchrun starts: `python tests/test_checkpoint_fsdp.py FOLDER`.
+This file is also the program of the two: `python tests/test_checkpoint_fsdp.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_distributed import forked
 from helpers_trainer import dataset, lab_tokenizer, table, tiny_model, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -152,12 +152,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         __file__, str(root)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "OTHER_PORT": str(port)},
-    )  # fmt: skip
+    done = forked(__file__, root, timeout=300, OTHER_PORT=str(port))
     assert done.returncode == 0, done.stderr[-4000:]
     return root, [torch.load(root / f"found-{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -24,7 +24,7 @@ from vigor.cli import main
 from vigor.commands.arguments import TrainArguments
 from vigor.commands.job import read_config
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("undrawn")]
 
 RECIPES = [
     "lab", "lab-misaligned", "math-qwen2.5-0.5b", "math-qwen2.5-1.5b", "math-qwen2.5-3b", "math-qwen2.5-7b",

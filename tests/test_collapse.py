@@ -88,7 +88,10 @@ def test_a_training_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         measure({}, tmp_path / "run", say=print)
 
 
-def test_the_command_measures_the_built_in_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_the_built_in_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the training may be ended before it can remove its files
     out = tmp_path / "found.json"
     arguments = ["--prompts", "lab:math", "--world", "lab-misaligned", "--n_prompts", "4", "--output_dir"]
     assert main(["probe", "--collapse_step", "2", *arguments, str(tmp_path / "run"), "--out", str(out)]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -32,7 +31,7 @@ from vigor.compare.runs import check_settings, execute, finished, folder_of
 from vigor.compare.statistics import Estimate, central_mass, estimate, paired_difference, t_quantile, verdict
 from vigor.lab.evaluate import LabScore, pass_at_k
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("undrawn")]
 
 ATTACK = '<script>alert("x")</script>|*_`'
 
@@ -448,7 +447,9 @@ def test_what_cannot_work_is_refused_before_any_run(
     assert not out.exists()
 
 
-def test_a_campaign_of_real_runs_ends_in_table_json_and_report(tmp_path: Path) -> None:
+def test_a_campaign_of_real_runs_ends_in_table_json_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": f"Q:{a}+{b}\nA:", "answer": str(a + b)} for a in range(3, 7) for b in (4, 15)]
     content = {
         "model_name_or_path": str(save_tiny(tmp_path / "base")), "use_cpu": True, "gradient_checkpointing": False,
@@ -456,11 +457,14 @@ def test_a_campaign_of_real_runs_ends_in_table_json_and_report(tmp_path: Path) -
         "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8,
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "vigor", "compare", "--config", str(tmp_path / "mine.yaml"), "--jobs", "2"]
-    command += ["--methods", "vigor", "random", "--seeds", "3", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"Report: {tmp_path / 'out' / 'report.html'}" in done.stdout
+    command = ["compare", "--config", str(tmp_path / "mine.yaml"), "--jobs", "2", "--methods", "vigor", "random"]
+    monkeypatch.setenv("COLUMNS", "100")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*command, "--seeds", "3", "--output_dir", str(tmp_path / "out")]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"))
     assert content["seeds"] == [3]
     assert [run["method"] for run in content["runs"]] == ["vigor", "random"]

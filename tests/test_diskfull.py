@@ -281,7 +281,8 @@ def test_a_run_whose_disk_is_full_stops_clearly_and_resumes_bit_for_bit(tmp_path
     places = r"write metrics\.jsonl|rename .*/COMMITTED|create model/config"
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "diskfull.py", "--ways", "stays", "--repeated", "1", "--what", places, "--last"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "| every call from the N-th on | 3 | 3 | 0 | 0 |" in done.stdout, done.stdout

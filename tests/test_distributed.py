@@ -1,7 +1,7 @@
 """Two processes (gloo, CPU) give the rewards, scores and advantages of one, groups split between them included.
 
-Sampling differs with the processes' seeds, so the completions are injected. This file is also the worker that torchrun
-starts: `python tests/test_distributed.py work FOLDER FUSED-ROWS…` or `python tests/test_distributed.py train FLAG…`.
+Sampling differs with the processes' seeds, so the completions are injected. This file is also the program of the
+two: `python tests/test_distributed.py work FOLDER FUSED-ROWS…` or `python tests/test_distributed.py train FLAG…`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import pandas as pd
 import pytest
 import torch
-from helpers_distributed import torchrun
+from helpers_distributed import forked
 from helpers_trainer import save_tiny, table, tiny_model, trainer, weights, write_jsonl
 
 from vigor.cli import main
@@ -77,7 +77,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one run of two processes for each kind of update and number of rows a process and round."""
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun(__file__, "work", folder, *(f"{fused}-{rows}" for fused, rows in RUNS), cwd=folder)
+    done = forked(__file__, "work", folder, *(f"{fused}-{rows}" for fused, rows in RUNS), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -128,7 +128,7 @@ def test_vigor_train_runs_in_two_processes_and_writes_its_files_once(tmp_path: P
         "learning_rate": 1e-3, "save_steps": 1, "ddp_backend": "gloo", "gradient_checkpointing": False,
     }  # fmt: skip
     argv = ["train", "--use_cpu", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
-    done = torchrun(__file__, *argv, cwd=tmp_path)
+    done = forked(__file__, *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -144,10 +144,26 @@ def test_vigor_train_runs_in_two_processes_and_writes_its_files_once(tmp_path: P
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
     for name in ("config.yaml", "results.json", "report.html", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).is_file(), name
-    resumed = torchrun(__file__, *argv, "--resume", "--max_steps", "3", cwd=tmp_path)
+    resumed = forked(__file__, *argv, "--resume", "--max_steps", "3", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_when_one_of_two_forks_fails_the_other_is_killed(tmp_path: Path) -> None:
+    """As torchrun does; else a failure would wait for the time limit."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, tempfile, time\n"
+        "print(os.environ['WORLD_SIZE'], tempfile.mkdtemp(), flush=True)\n"
+        "sys.exit('no luck') if os.environ['RANK'] == '1' else time.sleep(600)\n"
+    )
+    done = forked(str(script), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "no luck\n")
+    folders = [line.removeprefix("2 ") for line in done.stdout.splitlines()]
+    assert not any(Path(folder).exists() for folder in folders)
+    script.write_text("import time; time.sleep(600)")
+    assert forked(str(script), processes=1, timeout=1).returncode == 9
 
 
 if __name__ == "__main__":

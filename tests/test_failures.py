@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_distributed import forked
 from helpers_trainer import same_weights, trainer, weights
 
 from vigor import outside
@@ -216,10 +217,8 @@ print("the other ended with", os.waitstatus_to_exitcode(status))
 
 
 def test_the_death_of_a_process_ends_the_other_with_a_message(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PAIR, str(tmp_path / "run"), "1"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    (tmp_path / "pair.py").write_text(PAIR)
+    done = forked(str(tmp_path / "pair.py"), tmp_path / "run", 1, processes=1, timeout=300)
     assert "the other ended with 1" in done.stdout, done.stderr[-3000:]
     assert "vigor train: another process of this run has ended" in done.stderr
     assert "--resume" in done.stderr

@@ -21,7 +21,7 @@ from vigor.cli import main
 from vigor.interrupt import SIGNALS, Interrupt, exit_status
 from vigor.runfolder import RunFolder
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("undrawn")]
 
 
 class Send(TrainerCallback):
@@ -115,7 +115,8 @@ def start(argv: list[str], run: Path) -> subprocess.Popen[str]:
     """The command in a process of its own, up to its first steps."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "vigor", *argv, "--output_dir", str(run)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(run.parent)},
     )  # fmt: skip
     metrics = run / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):

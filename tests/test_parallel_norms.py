@@ -1,6 +1,6 @@
 """Two processes (gloo, CPU) whose model is sharded: the norms of the whole model, and no gradient communicated.
 
-This file is also the worker that torchrun starts: `python tests/test_parallel_norms.py FOLDER`.
+This file is also the program of the two: `python tests/test_parallel_norms.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_distributed import results_of_two, write_results
+from helpers_distributed import forked, results_of_two, write_results
 from torch import nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -126,7 +126,7 @@ def work(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return results_of_two(__file__, tmp_path_factory.mktemp("parallel"))
+    return results_of_two(__file__, tmp_path_factory.mktemp("parallel"), start=forked)
 
 
 # The tests ------------------------------------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ def test_the_table_in_the_docs_has_the_whole_matrix_within_tolerance() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's account")
-def test_the_norms_peak_below_a_training_pass() -> None:
+def test_the_norms_peak_below_a_training_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves a folder there
     small = parallel_memory.Case("small", layers=6)  # 80 MB of weights
     (found,) = parallel_memory.measure((small,))
     assert max(found["norms"], found["loop"]) < 0.9 * found["training"], found

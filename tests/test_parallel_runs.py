@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_distributed import forked
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import parallel
@@ -19,9 +21,20 @@ pytestmark = [
 CASES = [("DDP", "LoRA"), ("FSDP2", "full"), ("FSDP2", "LoRA"), ("FSDP2", "checkpointing"), ("FSDP2", "bf16")]
 
 
+def started(folder: Path, cases: dict[str, Any], processes: int) -> Any:
+    """What two processes found, without a launcher of their own."""
+    assert processes == 2
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = forked(parallel.__file__, "--work", folder, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text("utf-8"))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    found = parallel.measure(tmp_path_factory.mktemp("runs"), [], CASES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "_started", started)
+        found = parallel.measure(tmp_path_factory.mktemp("runs"), [], CASES)
     return {(run["way"], run["variant"]): run for run in found["runs"]}
 
 

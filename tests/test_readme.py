@@ -1,19 +1,18 @@
 """What the README shows runs as it stands."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers_distributed import forked
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run(code_or_path: list[str], cwd: Path) -> str:
-    done = subprocess.run([sys.executable, *code_or_path], cwd=cwd, capture_output=True, text=True, timeout=300)
+def run(path: Path, *argv: str, cwd: Path) -> str:
+    done = forked(str(path), *argv, processes=1, cwd=cwd, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -24,13 +23,14 @@ def test_there_are_snippets() -> None:
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["drop-in", "pieces"])
 def test_python_snippet_runs(snippet: str, tmp_path: Path) -> None:
-    output = run(["-c", snippet], tmp_path)
+    (tmp_path / "snippet.py").write_text(snippet, "utf-8")
+    output = run(tmp_path / "snippet.py", cwd=tmp_path)
     if "zscore(" in snippet:
         assert "0.7071" in output or "0.7070" in output  # two ranks, -1 and 1, standardised with unbiased std
 
 
 def test_the_example_trains_and_prints_its_table(tmp_path: Path) -> None:
-    output = run([str(ROOT / "examples/minimal_loop.py"), "--steps", "2", "--eval_prompts", "8"], tmp_path)
+    output = run(ROOT / "examples/minimal_loop.py", "--steps", "2", "--eval_prompts", "8", cwd=tmp_path)
     rows = dict(re.findall(r"^(lab:\S+)\s+([\d.]+\s+[\d.]+\s+[+-][\d.]+)$", output, flags=re.MULTILINE))
     assert list(rows) == ["lab:math", "lab:math-hard", "lab:code"]
     for numbers in rows.values():

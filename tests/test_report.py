@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from helpers_report import empty_charts
 
 from vigor.report import before_after, print_results, write_report
 from vigor.report.plots import curves
@@ -94,8 +96,9 @@ def make_run(
     return run
 
 
-def page_of(run: RunFolder) -> Page:
-    write_report(run)
+def page_of(run: RunFolder, *, drawn: bool = True) -> Page:
+    with nullcontext() if drawn else empty_charts():
+        write_report(run)
     return Page((run.path / "report.html").read_text("utf-8"))
 
 
@@ -135,7 +138,7 @@ def test_results_are_shown_with_their_intervals_and_coloured_where_apart(tmp_pat
         "before": {"lab:math": SCORE, "lab:code": SCORE},
         "after": {"lab:math": BETTER, "lab:code": WORSE},
     }
-    page = page_of(make_run(tmp_path / "run", results=results))
+    page = page_of(make_run(tmp_path / "run", results=results), drawn=False)
     assert "50.0 [40.0, 60.0]" in page.text
     assert "+20.0" in page.text
     assert "-40.0" in page.text
@@ -145,7 +148,7 @@ def test_results_are_shown_with_their_intervals_and_coloured_where_apart(tmp_pat
 
 
 def test_without_scores_the_page_says_so(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path / "run", accuracy=False))
+    page = page_of(make_run(tmp_path / "run", accuracy=False), drawn=False)
     assert "No held-out score" in page.text
     assert "Accuracy of the samples" not in page.text
 
@@ -155,7 +158,8 @@ def test_conversations_are_shown_as_their_contents(tmp_path: Path) -> None:
     page = page_of(
         make_run(
             tmp_path / "run", prompts=prompts, completion=lambda row: [{"role": "assistant", "content": f"says {row}"}]
-        )
+        ),
+        drawn=False,
     )
     assert f"question 0 {ATTACK}" in page.text
     assert "says 3" in page.text
@@ -165,7 +169,7 @@ def test_conversations_are_shown_as_their_contents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("group_size", [2, 4, 8, 12])
 def test_groups_are_shown_whole_and_apart(tmp_path: Path, group_size: int) -> None:
     """A prompt's heading must not stand over another prompt's completions."""
-    page = page_of(make_run(tmp_path / "run", group_size=group_size))
+    page = page_of(make_run(tmp_path / "run", group_size=group_size), drawn=False)
     first, second = page.text.split("Step 1")[1].split("Step 2")[0].split("Prompt")[1:]
     for shown, prompt, start in ((first, "first prompt", 0), (second, "second prompt", group_size)):
         assert shown.startswith(prompt)
@@ -240,7 +244,7 @@ def test_rows_of_the_table() -> None:
 
 def test_the_settings_are_on_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    page = page_of(run)
+    page = page_of(run, drawn=False)
     settings = (run.path / "config.yaml").read_text("utf-8")
     assert settings in page.text
     assert yaml.safe_load(settings)["prompts"] == "lab:math"

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from helpers_report import empty_charts
 from test_report import ATTACK, BETTER, SCORE, Page, make_run
 
 from vigor.cli import main
@@ -208,7 +209,8 @@ def test_twenty_runs_of_two_hundred_steps_are_small_and_load_fast(tmp_path: Path
 
 def test_seeds_of_a_method_are_one_series_and_the_page_names_each_run(tmp_path: Path) -> None:
     paths = seeds(tmp_path)
-    write_runs(paths, tmp_path / "page.html")
+    with empty_charts():
+        write_runs(paths, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     boxes = [box["id"] for box in page.named("input")]
     assert boxes == ["show-0", "show-1"]
@@ -233,7 +235,8 @@ def test_a_run_that_goes_on_or_died_has_a_page(tmp_path: Path) -> None:
     (path / "results.json").unlink()
     (path / "environment.json").unlink(missing_ok=True)
     (path / "completions" / "completions_00003.parquet").write_bytes(b"PAR1torn")
-    write_runs([path], tmp_path / "page.html")
+    with empty_charts():
+        write_runs([path], tmp_path / "page.html")
     text = Page((tmp_path / "page.html").read_text("utf-8")).text
     assert "not finished" in text
     assert "No held-out score" in text
@@ -253,7 +256,8 @@ def test_labels_are_what_the_settings_differ_in() -> None:
 
 def test_the_command_writes_the_page_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = seeds(tmp_path, n=1)
-    assert main(["report", *map(str, paths), "--out", str(tmp_path / "page.html"), "--title", "mine"]) == 0
+    with empty_charts():
+        assert main(["report", *map(str, paths), "--out", str(tmp_path / "page.html"), "--title", "mine"]) == 0
     assert f"Report: {tmp_path / 'page.html'}" in capsys.readouterr().out
     assert "<title>mine</title>" in (tmp_path / "page.html").read_text("utf-8")
     assert main(["report", str(paths[0])]) == 0

@@ -19,7 +19,7 @@ from vigor.checkpoint import CheckpointError, about, commit
 from vigor.cli import main
 from vigor.resume import FIXED, differences
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("undrawn")]
 
 EIGHT = [*PROMPTS, "Q:8-8\nA:", "Q:6*7\nA:", "Q:1+1\nA:", "Q:20-3\nA:"]
 

@@ -184,20 +184,20 @@ def test_a_cut_run_goes_on_after_its_last_complete_row(model: Path, tmp_path: Pa
     assert score(model, source, out, "--signals", "logprob", "--resume") == 2, "other settings"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_killed_process_loses_and_doubles_nothing(model: Path, tmp_path: Path) -> None:
-    rows = [{**row, "prompt": f"Q:{i}+4\nA:"} for i in range(120) for row in ROWS]
+    rows = [{**row, "prompt": f"Q:{i}+4\nA:"} for i in range(60) for row in ROWS]
     source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "vigor", "score", "--completions", str(source), "--out", str(out),
                "--device", "cpu", "--batch_size", "2", "--model_name_or_path", str(model)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = out.with_name(out.name + ".part")
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists()
-    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert score(model, source, out, "--batch_size", "2", "--resume") == 0
     written = lines(out)
     assert [(row["line"], row["index"]) for row in written] == [
         (i + 1, j) for i, row in enumerate(rows) for j in range(len(row["completions"]))
