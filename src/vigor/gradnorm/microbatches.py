@@ -56,8 +56,7 @@ def micro_batches(
     or one row; rows on either side of a length in `apart` are never in the same.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    cost, starts = [0], [0]
-    """Of the best runs of the first n rows: what they cost, and where the last one starts."""
+    cost, starts = [0], [0]  # of the best runs of the first n rows: what they cost, and where the last one starts
     for stop in range(1, len(order) + 1):
         longest = lengths[order[stop - 1]]
         best = cost[stop - 1] + (longest + own_cost if micro_batch is None else 1)

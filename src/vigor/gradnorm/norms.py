@@ -143,6 +143,7 @@ class Sketch:
         self.tied: dict[int, tuple[Tensor, Tensor]] = {}
         """Of a matrix that is an embedding too, by the id of its uses: signs (q, k), projections (B, k, p) so far."""
         self.table: Tensor | None = None
+        """(256, 8): the signs that a byte stands for, once they were asked for."""
 
     def linear(
         self, squares_B: Tensor, uses: Uses, rows: slice, a_BTp: Tensor, g_BTq: Tensor, each_Bqp: Tensor | None
@@ -188,7 +189,7 @@ class Sketch:
         return F.embedding(bytes_qb, self._table(like)).flatten(1)[:, : self.projections]
 
     def _table(self, like: Tensor) -> Float[Tensor, "256 8"]:
-        """The 8 signs of each byte."""
+        """The 8 signs of each byte, on the device of another tensor, float32 or wider."""
         if self.table is None or self.table.device != like.device or self.table.dtype != wide(like[:0]).dtype:
             bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
             self.table = wide((2 * bits - 1).to(like.dtype))
