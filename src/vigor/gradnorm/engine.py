@@ -270,12 +270,14 @@ class Engine:
         """Most tokens of a micro-batch, and what each costs by itself, in tokens."""
         matrices = [shape for p in self.model.parameters() if len(shape := whole_shape(p)) == 2]
         kind, sides = self.device.type, sum(map(sum, matrices))
+        checkpointing = any(m.training and vars(m).get("gradient_checkpointing") for m in self.model.modules())
+        estimates = self.settings.norms is not Exact
         most = most_tokens(
             kind,
             len(self.rows) * max(len(row.ids_L) for row in self.rows),
             sides,
-            whole=self.settings.keep != "nothing" or self.settings.norms is not Exact,
-            checkpointing=any(m.training and vars(m).get("gradient_checkpointing") for m in self.model.modules()),
+            whole=self.settings.keep != "nothing" or (estimates and not checkpointing),
+            checkpointing=checkpointing,
         )
         if not has_decoder(self.model):
             most = min(most, LOGITS // max((rows for rows, _ in matrices), default=1))

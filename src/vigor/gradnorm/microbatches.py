@@ -37,7 +37,7 @@ def most_tokens(device: str, tokens: int, sides: int, *, whole: bool, checkpoint
         tokens: of all rows of the call, padded to the longest, as a training step would have them.
         sides: inputs and outputs of all matrices together, for one token.
         whole: whether the call may need the memory of a training step: where all micro-batches are held for the update
-            anyway, and for estimates, which are for speed.
+            anyway, and for estimates, which are for speed, unless activations are checkpointed.
         checkpointing: whether activations are computed again.
     """
     least, full = SPEED.get(device, (2048, 4096))
