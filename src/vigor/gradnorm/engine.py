@@ -280,7 +280,7 @@ class Engine:
             checkpointing=checkpointing,
         )
         if not has_decoder(self.model):
-            most = min(most, LOGITS // max((rows for rows, _ in matrices), default=1))
+            most = min(most, LOGITS // vocabulary_size(self.model))
         return most, own_cost(kind, sides)
 
 

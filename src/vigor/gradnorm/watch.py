@@ -79,10 +79,12 @@ class Watch(TorchFunctionMode):
         if kwargs:
             more = self.constants.judge(kwargs.values(), self.known)
             concerned, constant = concerned or more[0], constant and more[1]
-        if not concerned or not torch.is_grad_enabled():
+        if not concerned:
+            return self._plain(func, args, kwargs, constant)
+        if not torch.is_grad_enabled():
             result = func(*args, **kwargs)
             self.constants.follow(constant, func, args, result)
-            return result if concerned else self._followed(func, args, kwargs, result)
+            return result
         given = {id(x): x for x in tensors_in((*args, *kwargs.values()))}
         try:
             return self._operation(func, _name(func), args, kwargs, given)
@@ -94,15 +96,15 @@ class Watch(TorchFunctionMode):
                 "parameters=."
             ) from error
 
-    def _plain(self, func: Function, *args: Any, **kwargs: Any) -> Any:
-        """An operation without chosen parameters."""
-        result = func(*args, **kwargs)
+    def _judged(self, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """An operation without chosen parameters, of which it is yet to be told whether all are constants."""
         _, constant = self.constants.judge((*args, *kwargs.values()), self.known)
-        self.constants.follow(constant, func, args, result)
-        return self._followed(func, args, kwargs, result)
+        return self._plain(func, args, kwargs, constant)
 
-    def _followed(self, func: Function, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
-        """The result of an operation without chosen parameters, noted where something is known of it."""
+    def _plain(self, func: Function, args: Any, kwargs: dict[str, Any], constant: bool) -> Any:
+        """An operation without chosen parameters, on constants alone or not; what is known of its result is noted."""
+        result = func(*args, **kwargs)
+        self.constants.follow(constant, func, args, result)
         if self.tokens.marked or func in PICKS:
             self.tokens.follow(func, args, kwargs, result)
         if func is torch.eye or (self.eyes and func is F.linear and id(args[0]) in self.eyes):
@@ -165,7 +167,7 @@ class Watch(TorchFunctionMode):
         if name == "addmm" and second is None and not isinstance(third, Copies) and not kwargs:
             return linear(self, args[1], third or args[2], args[0], product=True)
         if name == "baddbmm" and second is None and not isinstance(third, Copies) and not kwargs:
-            y = experts(self, args[1], third) if third else self._plain(torch.bmm, *args[1:])
+            y = experts(self, args[1], third) if third else self._judged(torch.bmm, *args[1:])
             return self.again(torch.add, y.transpose(0, 1), self.again(Tensor.transpose, args[0], 0, 1)).transpose(0, 1)
         if name == "embedding" and first is None and isinstance(second, View) and second.is_rows:
             if self._is_constant(args[0]) and not is_positions(self.capture, args[0]):
@@ -180,7 +182,7 @@ class Watch(TorchFunctionMode):
         if name in ("layer_norm", "rms_norm", "group_norm") and first is None:
             return self._norm(func, name, *args, **kwargs)
         if name in _REFERENCES and first is None:
-            return self._plain(func, *args, **kwargs)
+            return self._judged(func, *args, **kwargs)
         return self._general(rows_of_copies if name == "embedding" else func, name, args, kwargs, given)
 
     def _norm(
@@ -190,7 +192,7 @@ class Watch(TorchFunctionMode):
         bias, shifts = named.pop("bias", None), name != "rms_norm"
         if shifts and options:
             bias, options = options[0], options[1:]
-        y: Tensor = self._plain(func, x, shape, None, *((None,) if shifts else ()), *options, **named)
+        y: Tensor = self._judged(func, x, shape, None, *((None,) if shifts else ()), *options, **named)
         for other, vector in ((torch.mul, named.pop("weight", weight)), (torch.add, bias)):
             if vector is not None and name == "group_norm":  # channels stand on the second axis
                 vector = self.again(Tensor.reshape, vector, (-1, *(1,) * (x.ndim - 2)))
